@@ -1,0 +1,287 @@
+"""Defaults, choices, validation, resolved form and hash of an experiment's config.
+
+Options that belong to one choice live under that choice's name (``model.resnet.depth``,
+``optim.sgd.momentum``, ``norm.group.groups``); the resolved form keeps only the chosen ones, so that
+an option nobody uses never makes two runs different.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from bnresearch import data, models, optim, parallel, tasks
+from bnresearch.errors import UserError, lookup, nearest
+from bnresearch.norm import NORMS
+
+# Part of every hash: raised when the meaning of a key or of a default changes.
+SCHEMA = 1
+
+STATISTICS = ("microbatch", "batch")
+DTYPES = ("float32", "bfloat16")
+
+# Tables whose choice owns a sub-dict of options: path of the choice -> (table, key of the choice).
+CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
+    "model": (models.MODELS, "name"),
+    "norm": (NORMS, "kind"),
+    "optim": (optim.OPTIMIZERS, "name"),
+    "optim.schedule": (optim.SCHEDULES, "name"),
+    "task": (tasks.TASKS, "name"),
+}
+
+
+def default_config() -> ConfigDict:
+    """Every key there is, with its default: digits, an MLP with BatchNorm, SGD with momentum."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            dtype="float32",  # compute dtype; parameters and statistics are always float32
+            data=data.DEFAULTS,
+            task=dict(name="classification", **tasks.options()),
+            model=dict(name="mlp", **{name: models.options(name) for name in models.MODELS}),
+            norm=dict(
+                kind="batch",
+                scope="global",  # global | device | group:N devices
+                **{name: dict(kind.options) for name, kind in NORMS.items()},
+            ),
+            optim=optim.defaults(),
+            train=dict(
+                duration="10ep",  # "10ep" epochs or "5000st" optimizer steps
+                accumulate=1,  # microbatches per step
+                accumulate_statistics="microbatch",  # of the norms: each microbatch | whole batch
+                log_every="1ep",
+                eval_every="1ep",
+                checkpoint_every="1ep",
+                keep=2,  # checkpoints
+            ),
+            parallel=dict(mode="jit", devices=0),  # 0: all there are
+        )
+    )
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of the file at ``path``, with overrides such as ``"optim.learning_rate=0.1"``.
+
+    Raises:
+      UserError: no such file, no get_config in it, an unknown key, a value of the wrong type.
+    """
+    argv = ["config", f"--config={path}", *(f"--config.{item}" for item in overrides)]
+    values = flags.FlagValues()
+    define_flag(argv, values)
+    return parse_flags(argv, values).config
+
+
+def define_flag(argv: list[str], values: flags.FlagValues) -> None:
+    """Define ``--config=FILE`` with ``--config.a.b=v`` overrides taken from ``argv``."""
+    help_text = "config file with a get_config() function; --config.a.b=v overrides a value"
+    config_flags.DEFINE_config_file(
+        "config", None, help_text, flag_values=values, sys_argv=argv, lock_config=True
+    )
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues) -> flags.FlagValues:
+    """Parse ``argv``, turning every complaint of absl and ml_collections into a UserError."""
+    given = [item.split("=", 1) for item in argv if item.startswith("--config=")]
+    known = _known_keys(given[-1][1]) if given else []
+    try:
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}; see --help") from None
+    except flags.Error as error:
+        raise UserError(f"{error}; see --help") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_explain_override(argv, known, error)) from None
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; options start with --; see --help")
+    return values
+
+
+def _known_keys(flag_value: str) -> list[str]:
+    """Check the config file itself and list its keys, before ml_collections wraps the errors."""
+    path = Path(flag_value.split(":", 1)[0])
+    if not path.is_file():
+        raise UserError(
+            f"config file {str(path)!r} does not exist; see `python -m bnresearch list configs`"
+        )
+    spec = importlib.util.spec_from_file_location("bnresearch_config_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {str(path)!r} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"config file {str(path)!r} fails: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(
+            f"config file {str(path)!r} has no get_config() function; it must return a ConfigDict, "
+            "see configs/digits_mlp.py"
+        )
+    return sorted(flatten(default_config()))
+
+
+def _explain_override(argv: list[str], known: list[str], error: Exception) -> str:
+    for item in argv:
+        match = re.match(r"--config\.([\w.]+)", item)
+        if match and match[1] not in known and not any(k.startswith(match[1] + ".") for k in known):
+            return f"unknown config key {match[1]!r}; {nearest(match[1], known)}"
+    return f"the config cannot be read: {type(error).__name__}: {error}"
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones: ``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise a UserError for everything that can be seen to be wrong without data or devices."""
+    known = flatten(default_config())
+    flat = flatten(config)
+    for key, value in flat.items():
+        if key not in known:
+            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+        _check_value(key, value, known[key])
+    for key in known.keys() - flat.keys():
+        raise UserError(
+            f"config key {key!r} is missing; start from bnresearch.config.default_config()"
+        )
+    for path, (table, key) in CHOICES.items():
+        lookup(table, _at(config, path)[key], f"{path}.{key}")
+    _check_choice("dtype", config.dtype, DTYPES)
+    _check_choice("train.accumulate_statistics", config.train.accumulate_statistics, STATISTICS)
+    _check_choice("norm.batch.correction", config.norm.batch.correction, (0, 1))
+    lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
+    parallel.parse_scope(config.norm.scope)
+    for key in ("train.accumulate", "train.keep", "data.batch_size"):
+        if flat[key] < 1:
+            raise UserError(f"{key}={flat[key]} must be at least 1")
+    for key in ("duration", "log_every", "eval_every", "checkpoint_every"):
+        optim.parse_duration(f"train.{key}", config.train[key], positive=True)
+    optim.validate(config.optim)
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    if type(value) is not type(default):
+        raise UserError(
+            f"{key}={value!r} has type {type(value).__name__}; give a {type(default).__name__}"
+        )
+    if isinstance(value, tuple) and default:
+        for item in value:
+            _check_value(f"an item of {key}", item, default[0])
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
+        if value < 0 and key != "data.workers":
+            raise UserError(f"{key}={value} is negative; give 0 or more")
+    limit = UNIT_INTERVAL.get(key)
+    if limit is not None and not (value < 1 or (limit and value == 1)):
+        raise UserError(
+            f"{key}={value} is out of range; give a number in [0, 1{']' if limit else ')'}"
+        )
+
+
+# Numbers that must lie between 0 and 1; True where 1 itself is allowed.
+UNIT_INTERVAL = {
+    "norm.batch.decay": True,
+    "optim.sgd.momentum": False,
+    "optim.lars.momentum": False,
+    "optim.adamw.b1": False,
+    "optim.adamw.b2": False,
+    "optim.lamb.b1": False,
+    "optim.lamb.b2": False,
+    "task.classification.label_smoothing": False,
+}
+
+
+def _check_choice(key: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in known:
+        raise UserError(f"unknown {key} {value!r}; choose one of: {', '.join(map(str, known))}")
+
+
+def _at(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def chosen(config: ConfigDict, path: str) -> dict[str, Any]:
+    """The options of the choice made at ``path``: ``chosen(config, "model")``."""
+    node = _at(config, path)
+    return dict(node[node[CHOICES[path][1]]].items())
+
+
+def resolve(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values, with the options of the choices made and no others."""
+    resolved = json.loads(json.dumps({"schema": SCHEMA, **config.to_dict()}))
+    for path, (table, key) in CHOICES.items():
+        node = _at(resolved, path)
+        for name in table.keys() - {node[key]}:
+            node.pop(name, None)
+    return resolved
+
+
+def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run folder's ``config.json``: the inverse of ``resolve``.
+
+    Raises:
+      UserError: written under another schema number, or with keys that are no longer there.
+    """
+    if resolved.get("schema") != SCHEMA:
+        raise UserError(
+            f"this run was written with config schema {resolved.get('schema')}, the program has "
+            f"{SCHEMA}; use the version of bnresearch that status.json of the run names"
+        )
+    config = default_config()
+    known = flatten(config)
+    for key, value in flatten({k: v for k, v in resolved.items() if k != "schema"}).items():
+        if key not in known:
+            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+        node = _at(config, key.rsplit(".", 1)[0]) if "." in key else config
+        node[key.rsplit(".", 1)[-1]] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def config_hash(resolved: Mapping[str, Any]) -> str:
+    """sha256 of the resolved config with sorted keys: the identity of a run."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+
+# Numbers that enter the compiled step as data: a sweep over them compiles once. Where zero means
+# "leave this out", the step still compiles twice: with and without.
+NUMBERS = (
+    "seed",
+    "norm.batch.decay",
+    "optim.learning_rate",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "optim.sgd.momentum",
+    "optim.lars.momentum",
+    "task.classification.label_smoothing",
+)
+
+
+def numbers(resolved: Mapping[str, Any]) -> dict[str, float]:
+    """The values of NUMBERS that this config has, by dotted key."""
+    flat = flatten(resolved)
+    return {key: flat[key] for key in NUMBERS if key in flat}
+
+
+def program_key(resolved: Mapping[str, Any]) -> str:
+    """What decides the compiled program: the config without its numbers, as JSON."""
+    flat = flatten(resolved)
+    flat |= {key: bool(flat[key]) for key in numbers(resolved) if key != "seed"}
+    return json.dumps(flat | {"seed": None}, sort_keys=True)

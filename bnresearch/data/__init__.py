@@ -1,0 +1,122 @@
+"""Data: a batch is a function of (seed, step), whatever the set and wherever it lives.
+
+``load(config)`` gives a dataset with one interface (see ``bnresearch.data.base.Dataset``) for two
+ways of delivery: sets that fit live on the device and are cropped, flipped and normalised inside
+the compiled step (``memory.py``); the others stream through grain with worker processes
+(``stream.py``). Where the pictures come from is a ``Source``: scikit-learn's digits, anything
+prepared by TensorFlow Datasets, or made up on the fly.
+
+To add a source: one class with the fields and methods of ``base.Source``, and one line in DATASETS.
+Nothing heavy is imported here: worker processes import this module, and a run pays only for what it
+uses.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bnresearch.data.base import Dataset, Source
+from bnresearch.errors import UserError, lookup
+
+DEFAULTS: dict[str, Any] = {
+    "name": "digits",  # a name in DATASETS, or any TensorFlow Datasets image classification set
+    "batch_size": 60,  # examples per training step, over all devices
+    "eval_batch_size": 256,  # examples per evaluation step, over all devices
+    "validation_fraction": 0.1,  # of the training examples, held out by split_seed; between 0 and 1
+    "split_seed": 0,  # which examples are held out; the order of training depends on the run's seed
+    "augment": "none",  # none | crop | crop_flip; in memory: shifted, streams: random-resized crop
+    "pad": 4,  # pixels of black around in-memory images before a crop of the old size is taken
+    "image_size": 0,  # height and width that the model sees; 0: as stored
+    "in_memory": "auto",  # yes | no (stream) | auto: yes if small, of one shape and not resized
+    "workers": -1,  # processes that read and decode a stream; -1: one per CPU core, 0: none
+    "synthetic": {  # only for the dataset "synthetic"
+        "shape": (32, 32, 3),  # height, width, channels
+        "classes": 10,
+        "examples": 2000,  # for training and validation; a quarter as many more for the test
+        "vary": 0.0,  # sizes vary by up to this part of the shape, as photographs do
+    },
+}
+
+AUGMENTS = ("none", "crop", "crop_flip")
+IN_MEMORY = ("auto", "yes", "no")
+
+# What "auto" still puts on the device: four times CIFAR-10 at 64x64.
+IN_MEMORY_BYTES = 2 * 2**30
+
+
+def load(config: Mapping[str, Any]) -> Dataset:
+    """The dataset that ``config`` asks for; its fields are those of DEFAULTS.
+
+    Raises UserError for every setting that cannot work, for an unknown name, and for a set that is
+    neither prepared on this machine nor can be downloaded.
+    """
+    check(config)
+    opener = DATASETS.get(config["name"], _tfds)
+    source = opener(config)
+    if _streams(source, config):
+        from bnresearch.data.stream import Stream
+
+        return Stream(source, config)
+    from bnresearch.data.memory import InMemory
+
+    return InMemory(source, config)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses values that no dataset can take, before anything is read."""
+    lookup(dict.fromkeys(AUGMENTS), config["augment"], "data.augment")
+    lookup(dict.fromkeys(IN_MEMORY), config["in_memory"], "data.in_memory")
+    for field, least in _LEAST.items():
+        if config[field] < least:
+            raise UserError(f"data.{field} is {config[field]}, but must be at least {least}")
+    if not 0 < config["validation_fraction"] < 1:
+        raise UserError(
+            f"data.validation_fraction is {config['validation_fraction']}, but must lie between "
+            "0 and 1: it is the part of the training examples that is held out to choose with"
+        )
+    if config["split_seed"] >= 2**32:
+        raise UserError(f"data.split_seed is {config['split_seed']}, but must be below 2**32")
+
+
+_LEAST = {
+    "batch_size": 1,
+    "eval_batch_size": 1,
+    "split_seed": 0,
+    "pad": 0,
+    "image_size": 0,
+    "workers": -1,
+}
+
+
+def _streams(source: Source, config: Mapping[str, Any]) -> bool:
+    if config["in_memory"] != "auto":
+        return config["in_memory"] == "no"
+    height, width, channels = source.shape
+    size = config["image_size"]
+    if height is None or width is None or (size and (height, width) != (size, size)):
+        return True
+    return sum(source.lengths.values()) * height * width * channels > IN_MEMORY_BYTES
+
+
+def _digits(config: Mapping[str, Any]) -> Source:
+    from bnresearch.data.digits import Digits
+
+    return Digits()
+
+
+def _synthetic(config: Mapping[str, Any]) -> Source:
+    from bnresearch.data.synthetic import Synthetic
+
+    return Synthetic(seed=config["split_seed"], **config["synthetic"])
+
+
+def _tfds(config: Mapping[str, Any]) -> Source:
+    from bnresearch.data.tfds import open_source
+
+    return open_source(config["name"], known=DATASETS)
+
+
+# Every other name is looked up in TensorFlow Datasets.
+DATASETS = {
+    "digits": _digits,
+    "synthetic": _synthetic,
+}

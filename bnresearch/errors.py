@@ -1,0 +1,41 @@
+"""What can go wrong, as three exceptions that the command line turns into exit codes."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """The input was wrong. The message says what was given, why not, and what to do (exit 2)."""
+
+
+class Diverged(Exception):
+    """The loss or a statistic is no longer finite (exit 3)."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(f"diverged at step {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; the same command goes on (exit 75)."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, state saved: run the same command to go on")
+        self.step = step
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the known names nearest to ``name``, or lists them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """``table[name]``, or a UserError that lists the known names of ``what``."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; choose one of: {', '.join(sorted(table))}")
+    return table[name]

@@ -1,0 +1,191 @@
+"""From a config to compiled functions: everything that is decided before the first step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from bnresearch import config as configs
+from bnresearch import data, optim
+from bnresearch.models import MODELS
+from bnresearch.parallel import AXES, Layout, make_layout
+from bnresearch.state import State
+from bnresearch.step import looped, make_eval_step, make_init, make_train_step, single
+from bnresearch.tasks import TASKS
+
+Tree = Any
+
+
+class Feeder:
+    """Puts a dataset's feeds on the devices; arrays that stay the same are put there once."""
+
+    def __init__(self, put: Callable[[Any], Any]):
+        self._put = put
+        self._known: dict[str, tuple[Any, Any]] = {}
+
+    def __call__(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        for name, array in feed.items():
+            if name not in self._known or self._known[name][0] is not array:
+                self._known[name] = (array, self._put(array))
+        return {name: self._known[name][1] for name in feed}
+
+
+class Program(NamedTuple):
+    """The compiled functions that all configs share which differ in numbers only."""
+
+    dataset: Any
+    layout: Layout
+    steps_per_epoch: float
+    total_steps: int
+    schedule: optim.Schedule
+    chunk: int  # training steps per compiled call
+    init: Callable[[Tree], State]
+    train: Callable[..., State]
+    eval_steps: dict[str, Callable[..., Tree]]
+    feeders: dict[str, Feeder]
+
+
+class Experiment(NamedTuple):
+    """One run, ready to start."""
+
+    config: ConfigDict
+    resolved: dict[str, Any]
+    numbers: dict[str, jax.Array]
+    program: Program
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def steps(self, name: str) -> int:
+        """The duration ``train.<name>`` in optimizer steps."""
+        return optim.steps(
+            f"train.{name}", self.config.train[name], self.program.steps_per_epoch
+        )
+
+    def learning_rate(self, step: int) -> float:
+        return float(self.config.optim.learning_rate * self.program.schedule(step))
+
+
+# The newest programs; streams are not kept, because they own worker processes.
+_PROGRAMS: dict[str, Program] = {}
+_KEEP = 4
+
+
+def prepare(config: ConfigDict) -> Experiment:
+    """Check a config against its data, model and devices, and build its program.
+
+    Nothing is compiled and nothing is written. Configs that differ only in config.NUMBERS get the
+    same program, and so compile once in a process.
+
+    Raises:
+      UserError: whatever is wrong with the config, in words.
+    """
+    configs.validate(config)
+    resolved = configs.resolve(config)
+    numbers = {
+        key: jnp.asarray(value, jnp.int32 if key == "seed" else jnp.float32)
+        for key, value in configs.numbers(resolved).items()
+    }
+    key = configs.program_key(resolved)
+    program = _PROGRAMS.get(key) or _build(config)
+    experiment = Experiment(config, resolved, numbers, program)
+    if key not in _PROGRAMS:
+        try:
+            _trace(experiment)
+        except BaseException:
+            program.dataset.close()
+            raise
+        if not program.dataset.sharded_feed:
+            while len(_PROGRAMS) >= _KEEP:
+                _PROGRAMS.pop(next(iter(_PROGRAMS)))
+            _PROGRAMS[key] = program
+    return experiment
+
+
+def _build(config: ConfigDict) -> Program:
+    layout = make_layout(
+        config.parallel.mode,
+        config.norm.scope,
+        config.parallel.devices,
+        config.data.batch_size,
+        config.train.accumulate,
+    )
+    dataset = data.load(config.data)
+    entry = MODELS[config.model.name]
+    entry.check(configs.chosen(config, "model"), dataset.info.shape)
+    steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
+    total = optim.steps("train.duration", config.train.duration, steps_per_epoch)
+    schedule = optim.schedule(config.optim.schedule, total, steps_per_epoch)
+    # On CPU a convolution inside a compiled loop is several times slower than by itself.
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    looping = not dataset.sharded_feed and (entry.dense or not on_cpu)
+    step = make_train_step(config, dataset, layout, schedule)
+    train = layout.compile(
+        looped(step) if looping else single(step), sharded_feed=dataset.sharded_feed
+    )
+    return Program(
+        dataset=dataset,
+        layout=layout,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        schedule=schedule,
+        chunk=dataset.max_steps_per_feed if looping else 1,
+        init=jax.jit(make_init(config, dataset.info.shape, dataset.info.num_classes)),
+        train=train,
+        eval_steps={},
+        feeders={},
+    )
+
+
+def _trace(experiment: Experiment) -> None:
+    """Trace the train step: norms and shapes that cannot be are refused here, before compiling."""
+    program, layout = experiment.program, experiment.program.layout
+    state = jax.eval_shape(lambda numbers: layout.put(program.init(numbers)), experiment.numbers)
+    feed = train_feed(experiment, 0, 1)
+    jax.eval_shape(program.train, state, feed, experiment.numbers, jnp.int32(1))
+
+
+def initial_state(experiment: Experiment) -> State:
+    """The state before the first step, one copy."""
+    return experiment.program.init(experiment.numbers)
+
+
+def train_feed(experiment: Experiment, step: int, count: int) -> Tree:
+    """What the compiled step takes for the training steps ``[step, step + count)``."""
+    program, layout = experiment.program, experiment.program.layout
+    feed = program.dataset.feed(experiment.seed, step, count)
+    if program.dataset.sharded_feed:
+        return layout.put_batch(feed)
+    return program.feeders.setdefault("train", Feeder(layout.put))(feed)
+
+
+def evaluator(experiment: Experiment, use: str) -> Callable[[State, str], dict[str, float]]:
+    """``(state, split) -> metrics`` over every example of a split, counted once.
+
+    Evaluation always runs under jit over the whole mesh, whatever mode trains: with given
+    statistics there is nothing that the mode could change.
+    """
+    config, program = experiment.config, experiment.program
+    dataset, mesh = program.dataset, program.layout.mesh
+    if use not in program.eval_steps:
+        size = config.data.eval_batch_size
+        divides = mesh.size > 1 and size % mesh.size == 0
+        sharding = NamedSharding(mesh, PartitionSpec(AXES)) if divides else None
+        program.eval_steps[use] = jax.jit(make_eval_step(config, dataset, size, sharding, use=use))
+    step, whole = program.eval_steps[use], NamedSharding(mesh, PartitionSpec())
+
+    def evaluate(state: State, split: str) -> dict[str, float]:
+        params, batch_stats = jax.device_put((state.params, state.batch_stats), whole)
+        put = program.feeders.setdefault(split, Feeder(lambda x: jax.device_put(x, whole)))
+        sums = None
+        for index in range(dataset.eval_steps(split)):
+            feed = put(dataset.eval_feed(split, index))
+            batch = step(params, batch_stats, feed, jnp.int32(index))
+            sums = batch if sums is None else jax.tree.map(jnp.add, sums, batch)
+        return TASKS[config.task.name].metrics(jax.device_get(sums))
+
+    return evaluate

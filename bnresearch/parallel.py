@@ -1,0 +1,270 @@
+"""Devices, the mesh (group, replica), the three modes, and the scope of statistics in each.
+
+A mode says how one pure step runs on all devices. The step itself only asks its layout for the rows
+of the batch that it handles, for the scope of its norms, and where to average. Which average is the
+right one depends on how the mode transposes collectives, and the wrong one is silent (parameters are
+off by a third after five steps), so it is decided here and nowhere else:
+
+=========  =====================  ====================================================
+mode       what the step sees     the gradient of the mean loss
+=========  =====================  ====================================================
+jit        the whole batch        of the loss as it is
+shard_map  its device's rows      of ``pmean(loss)``: with check_vma=True the transpose
+                                  of the replicated parameters already sums
+pmap       its device's rows      ``pmean`` of the gradients of the local losses
+=========  =====================  ====================================================
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bnresearch.errors import UserError, lookup
+from bnresearch.norm import Scope
+
+AXES = ("group", "replica")
+PMAP_AXIS = "device"
+
+
+def parse_scope(text: str) -> int | None:
+    """Devices per set of statistics: None for "global", 1 for "device", N for "group:N"."""
+    if text == "global":
+        return None
+    if text == "device":
+        return 1
+    match = re.fullmatch(r"group:(\d+)", text)
+    if not match or int(match[1]) < 1:
+        raise UserError(
+            f"unknown norm.scope {text!r}; choose global, device or group:N (N devices share "
+            "statistics)"
+        )
+    return int(match[1])
+
+
+def _groups(scope: str, devices: int) -> int:
+    size = parse_scope(scope) or devices
+    if devices % size:
+        raise UserError(
+            f"norm.scope={scope} on {devices} devices: groups of {size} do not divide them; "
+            f"choose N among {[n for n in range(1, devices + 1) if devices % n == 0]}"
+        )
+    return devices // size
+
+
+def pick_devices(count: int) -> list[jax.Device]:
+    """The first ``count`` devices, or all of them for 0."""
+    devices = jax.devices()
+    if count > len(devices):
+        raise UserError(
+            f"parallel.devices={count}, but this machine has {len(devices)} "
+            f"{devices[0].platform} device(s); give 0 to use all"
+        )
+    return devices[:count] if count else devices
+
+
+class Layout:
+    """How arrays lie on the devices and how a step runs over them; one subclass per mode.
+
+    Attributes:
+      mesh: ``[groups, devices per group]``; statistics are merged within a group.
+      batch_size: examples per optimizer step on all devices together.
+      accumulate: microbatches per step.
+      scope: what to hand to the norms of a model that runs inside the step.
+    """
+
+    def __init__(self, scope: str, devices: int, batch_size: int, accumulate: int = 1):
+        found = pick_devices(devices)
+        groups = _groups(scope, len(found))
+        self.mesh = Mesh(np.array(found).reshape(groups, -1), AXES)
+        self.batch_size, self.accumulate = batch_size, accumulate
+        if batch_size % (len(found) * accumulate):
+            raise UserError(
+                f"data.batch_size={batch_size} does not divide into {len(found)} devices x "
+                f"{accumulate} microbatches (train.accumulate); choose a multiple of "
+                f"{len(found) * accumulate}, or fewer devices (parallel.devices)"
+            )
+        self.scope = self._make_scope(groups)
+
+    def _make_scope(self, groups: int) -> Scope:
+        raise NotImplementedError
+
+    @property
+    def device_count(self) -> int:
+        return self.mesh.size
+
+    @property
+    def microbatch(self) -> int:
+        """Examples per microbatch on all devices together."""
+        return self.batch_size // self.accumulate
+
+    # What the step calls, traced.
+    def rows(self) -> jax.Array:
+        """Positions within the microbatch that this call of the step handles, ``[rows]`` int32."""
+        local = self.microbatch // self.device_count
+        return self._device_index() * local + jnp.arange(local)
+
+    def _device_index(self) -> jax.Array:
+        raise NotImplementedError
+
+    def fold_key(self, key: jax.Array) -> jax.Array:
+        """A random key of this device's own, for masks that are drawn per device (dropout)."""
+        return jax.random.fold_in(key, self._device_index())
+
+    def constrain(self, batch: Any) -> Any:
+        """Spread a batch made inside the step over the devices."""
+        return batch
+
+    def mean_loss(self, loss: jax.Array) -> jax.Array:
+        """Applied to the loss before it is differentiated."""
+        return loss
+
+    def mean_over_devices(self, tree: Any) -> Any:
+        """Applied to gradients and metrics after differentiation."""
+        return tree
+
+    # What the loop calls.
+    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+        """Compile ``step(state, feed, numbers, count) -> state`` for all devices.
+
+        The feed is a batch from ``put_batch`` if ``sharded_feed``, else a tree from ``put``.
+        """
+        raise NotImplementedError
+
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def put(self, tree: Any) -> Any:
+        """Copy a tree to every device, as the compiled step takes it."""
+        return jax.device_put(tree, self.replicated())
+
+    def get(self, tree: Any) -> Any:
+        """The one tree of which ``put`` made copies, for evaluation and for checkpoints."""
+        return tree
+
+    def put_batch(self, batch: Any) -> Any:
+        """Spread a host batch ``[batch_size, ...]`` over the devices as ``[accumulate, rows, ...]``."""
+        spec = PartitionSpec(None, AXES)
+        return jax.tree.map(
+            lambda x: jax.device_put(
+                x.reshape(self.accumulate, self.microbatch, *x.shape[1:]),
+                NamedSharding(self.mesh, spec),
+            ),
+            batch,
+        )
+
+
+class JitLayout(Layout):
+    """One program over the whole batch, which the compiler splits: the default."""
+
+    def _make_scope(self, groups: int) -> Scope:
+        return Scope(splits=groups)
+
+    def rows(self) -> jax.Array:
+        return jnp.arange(self.microbatch)
+
+    def fold_key(self, key: jax.Array) -> jax.Array:
+        return key
+
+    def constrain(self, batch: Any) -> Any:
+        if self.device_count == 1:
+            return batch
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+        return jax.lax.with_sharding_constraint(batch, sharding)
+
+    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+        return jax.jit(step, donate_argnums=0, out_shardings=self.replicated())
+
+
+class ShardMapLayout(Layout):
+    """The per-device view, written out with named axes on the mesh (group, replica)."""
+
+    def _make_scope(self, groups: int) -> Scope:
+        return Scope(merge="replica", pool="group")
+
+    def _device_index(self) -> jax.Array:
+        return jax.lax.axis_index(AXES)
+
+    def mean_loss(self, loss: jax.Array) -> jax.Array:
+        return jax.lax.pmean(loss, AXES)
+
+    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+        everywhere = PartitionSpec()
+        feed = PartitionSpec(None, AXES) if sharded_feed else everywhere
+        mapped = jax.shard_map(
+            step,
+            mesh=self.mesh,
+            in_specs=(everywhere, feed, everywhere, everywhere),
+            out_specs=everywhere,
+        )
+        return jax.jit(mapped, donate_argnums=0)
+
+
+class PmapLayout(Layout):
+    """The mode of the field's older code: one program per device, arrays stacked by device."""
+
+    def _make_scope(self, groups: int) -> Scope:
+        if groups == 1:
+            return Scope(merge=PMAP_AXIS)
+        if groups == self.device_count:
+            return Scope(pool=PMAP_AXIS)
+        indices = np.arange(self.device_count).reshape(groups, -1)
+        merged = tuple(tuple(row) for row in indices.tolist())
+        return Scope(merge=PMAP_AXIS, merge_groups=merged, pool=PMAP_AXIS)
+
+    def _device_index(self) -> jax.Array:
+        return jax.lax.axis_index(PMAP_AXIS)
+
+    def mean_over_devices(self, tree: Any) -> Any:
+        return jax.lax.pmean(tree, PMAP_AXIS)
+
+    def _stacked(self) -> NamedSharding:
+        return NamedSharding(
+            Mesh(self.mesh.devices.reshape(-1), PMAP_AXIS), PartitionSpec(PMAP_AXIS)
+        )
+
+    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+        return jax.pmap(
+            step,
+            axis_name=PMAP_AXIS,
+            devices=list(self.mesh.devices.flat),
+            in_axes=(0, 0, None, None),
+            donate_argnums=0,
+        )
+
+    def put(self, tree: Any) -> Any:
+        copy = jax.jit(
+            lambda x: jnp.broadcast_to(x, (self.device_count, *x.shape)),
+            out_shardings=self._stacked(),
+        )
+        return jax.tree.map(lambda x: copy(jax.device_put(x, self.replicated())), tree)
+
+    def get(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+    def put_batch(self, batch: Any) -> Any:
+        def stack(x: np.ndarray) -> Any:
+            local = self.microbatch // self.device_count
+            x = x.reshape(self.accumulate, self.device_count, local, *x.shape[1:])
+            return jax.device_put(x.swapaxes(0, 1), self._stacked())
+
+        return jax.tree.map(stack, batch)
+
+
+MODES: dict[str, type[Layout]] = {"jit": JitLayout, "shard_map": ShardMapLayout, "pmap": PmapLayout}
+
+
+def make_layout(
+    mode: str, scope: str, devices: int, batch_size: int, accumulate: int = 1
+) -> Layout:
+    """The layout of ``mode`` on the first ``devices`` devices (0: all).
+
+    Raises:
+      UserError: unknown mode or scope, too few devices, or a batch that does not divide.
+    """
+    kind = lookup(MODES, mode, "parallel.mode")
+    return kind(scope, devices, batch_size, accumulate)

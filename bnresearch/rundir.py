@@ -1,0 +1,394 @@
+"""The run folder: describes itself, belongs to one process at a time, and is never half written.
+
+    config.json     the resolved config
+    status.json     running | done | diverged | failed | stopped; step, heartbeat, what ran where
+    result.json     the final metrics and the digest of the state
+    lock            whose process it is; released by the kernel however that process ends
+    metrics.jsonl, tensorboard/   (metrics.py)      checkpoints/   (checkpoint.py)
+
+Reports read run folders, so this module imports neither jax nor flax.
+"""
+
+import fcntl
+import functools
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bnresearch.errors import UserError
+
+SCHEMA = 1
+STATUSES = ("running", "done", "diverged", "failed", "stopped")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bnresearch")
+SHOWN = 10  # how many differing keys a message lists
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+ELSEWHERE = "choose another with --workdir"
+
+_held: set[int] = set()  # open lock files
+
+
+def _forget_locks() -> None:
+    """A forked child must not keep a lock alive after its parent was killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+class RunFolder:
+    """A run folder that this process owns; ``open_run`` makes it, ``close`` gives it back."""
+
+    def __init__(self, path: Path, lock: int, command: Sequence[str]):
+        self.path = path
+        self._lock: int | None = lock
+        self._command = list(command)
+        self._started = _now()
+
+    def set_status(self, status: str, step: int, message: str | None = None, **extra: Any) -> None:
+        """Writes status.json: the status, the step, the heartbeat, and what runs where.
+
+        Args:
+          status: one of STATUSES.
+          step: how many training steps are done.
+          message: why, for the statuses that need a reason.
+          extra: further fields, JSON values.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"unknown status {status!r}; one of {', '.join(STATUSES)}")
+        about = {
+            "schema": SCHEMA,
+            "status": status,
+            "step": int(step),
+            "message": message,
+            "heartbeat": _now(),
+            "started": self._started,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": self._command,
+            "commit": _commit(),
+            "versions": _versions(),
+            "device": _device(),
+        }
+        write_json(self.path / "status.json", about | extra)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, the last word on a run; see ``finite`` for NaN and infinities."""
+        write_json(self.path / "result.json", result)
+
+    def close(self) -> None:
+        """Gives the lock back. Its file stays: removed, two later processes could both own it."""
+        if self._lock is not None:
+            _held.discard(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[str]) -> RunFolder:
+    """Makes ``workdir`` the folder of this run, or takes it up again.
+
+    Nothing is written before all checks have passed.
+
+    Args:
+      workdir: made if it is not there. An existing one must be empty (hidden files do not count)
+        or hold a run with this very config.
+      config: the resolved config, JSON values only.
+      command: the command line, for status.json.
+
+    Raises:
+      UserError: the folder cannot be made or written to; it holds something else, or a run of
+        another config (the message lists the differing keys with both values); another process is
+        at it (the message names its pid).
+    """
+    plain = _plain(config)
+    path = _path(workdir)
+    _check_usable(path)
+    _check_config(path, plain)
+    lock = _take_lock(path)
+    try:
+        _check_config(path, plain)  # again: the process before us may have written it meanwhile
+        if not (path / "config.json").exists():
+            write_json(path / "config.json", plain)
+    except OSError as error:
+        os.close(lock)
+        raise _unusable(path, error) from error
+    except BaseException:
+        os.close(lock)
+        raise
+    _held.add(lock)
+    return RunFolder(path, lock, command)
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """The resolved config of a run; UserError where there is none."""
+    path = _path(workdir)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a run folder (it has no config.json): give a run's workdir")
+    return read_json(path / "config.json")
+
+
+def read_status(workdir: str | Path) -> dict[str, Any] | None:
+    """status.json, or None before it was first written."""
+    return _read_if_there(_path(workdir) / "status.json")
+
+
+def read_result(workdir: str | Path) -> dict[str, Any] | None:
+    """result.json, or None for a run that has not ended."""
+    return _read_if_there(_path(workdir) / "result.json")
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+# ---- Files that appear whole
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file at ``path``: a reader sees the old text or the new one, never a part.
+
+    One writer per file, which is why the temporary one has a fixed name: what a killed process left
+    of it is overwritten by the next, and never piles up.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_text`` of a JSON value; non-finite numbers become strings (see ``finite``)."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, non-finite numbers restored; UserError if it is something else."""
+    try:
+        value = restored(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); was it changed by hand?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def finite(value: Any) -> Any:
+    """``value`` with NaN and infinities as the strings "NaN", "Infinity" and "-Infinity".
+
+    JSON has no such numbers. Strings keep which one it was, unlike null; ``restored`` reads them.
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in NOT_FINITE.items() if str(number) == str(value))
+    return value
+
+
+def restored(value: Any) -> Any:
+    """``value`` with the strings of ``finite`` as numbers again."""
+    if isinstance(value, dict):
+        return {key: restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restored(item) for item in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+# ---- Checks, none of which writes
+
+
+def _path(workdir: str | Path) -> Path:
+    if not str(workdir) or "\0" in str(workdir):
+        raise UserError(f"workdir {str(workdir)!r} is not a path: give a folder, such as runs/a")
+    return Path(os.path.abspath(Path(workdir).expanduser()))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it will be read back: tuples as lists, and so on."""
+    try:
+        return json.loads(json.dumps(finite(config), allow_nan=False))
+    except TypeError as error:
+        raise UserError(f"the config cannot be written as JSON: {error}") from error
+
+
+def _unusable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(f"cannot write to workdir {path}: {reason}; {ELSEWHERE}")
+
+
+def _check_usable(path: Path) -> None:
+    """Refuses a path that is no folder and cannot become one, or one that cannot be written to."""
+    try:
+        nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        if not nearest.is_dir():
+            what = "is a file" if nearest == path else f"lies below {nearest}, which is a file"
+            raise UserError(f"workdir {path} {what}; {ELSEWHERE}")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"workdir {path}: {nearest} is not writable; {ELSEWHERE}")
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds anything but this run."""
+    if not (path / "config.json").exists():
+        _check_empty(path)
+        return
+    # Both with NaN as a string, or it would differ from itself.
+    differing = list(_differences(finite(read_json(path / "config.json")), config))
+    if not differing:
+        return
+    lines = [f"  {key}: there {there}, now {now}" for key, there, now in differing[:SHOWN]]
+    if len(differing) > SHOWN:
+        lines.append(f"  ... and {len(differing) - SHOWN} more")
+    raise UserError(
+        f"workdir {path} holds a run of another config; {ELSEWHERE}, or use its values:\n"
+        + "\n".join(lines)
+    )
+
+
+def _check_empty(path: Path) -> None:
+    try:
+        names = sorted(os.listdir(path)) if path.exists() else []
+    except OSError as error:
+        raise _unusable(path, error) from error
+    # A lock alone is a run that was killed, or is just about to write its config.
+    others = [name for name in names if name != "lock" and not name.startswith(".")]
+    if others:
+        raise UserError(
+            f"workdir {path} is neither empty nor a run: it has no config.json, but "
+            f"{', '.join(others[:3])}; {ELSEWHERE}"
+        )
+
+
+def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, value there, value now) of all leaves that differ; lists are compared whole."""
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        for key in sorted(there.keys() | now.keys()):
+            dotted = f"{prefix}.{key}" if prefix else key
+            yield from _differences(there.get(key, _Absent), now.get(key, _Absent), dotted)
+    # Equal numbers are equal (1 and 1.0), but 1 is not True.
+    elif there != now or isinstance(there, bool) != isinstance(now, bool):
+        yield prefix, _shown(there), _shown(now)
+
+
+class _Absent:
+    """A key that one of two configs does not have."""
+
+
+def _shown(value: Any) -> str:
+    if value is _Absent:
+        return "absent"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---- The lock
+
+
+def _take_lock(path: Path) -> int:
+    """Makes the folder and locks it for this process; returns the open lock file."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        _remove_empty(made)
+        raise _unusable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 200, 0).decode(errors="replace").split()
+        os.close(lock)
+        raise UserError(_in_use(path, owner)) from error
+    except OSError as error:
+        os.close(lock)
+        raise _unusable(path, error) from error
+    return lock
+
+
+def _in_use(path: Path, owner: list[str]) -> str:
+    who = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
+    return f"workdir {path} is in use by {who}: wait for it, stop it, or {ELSEWHERE}"
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            continue  # never made, or somebody else's by now
+
+
+# ---- What runs where
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any] | None:
+    """Kind and count of the devices, if this process uses jax at all."""
+    if "jax" not in sys.modules:
+        return None
+    devices = sys.modules["jax"].devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The git commit of this source ("...-dirty" if changed), else the package version.
+
+    Only where git tracks this very file: an installed copy may lie in somebody else's repository.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
+        commit = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        if commit:
+            return commit
+    version = _version("bnresearch")
+    return f"version {version}" if version else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,210 @@
+"""The train and the evaluation step as pure functions, run by any layout of parallel.py."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from bnresearch import accumulate, optim
+from bnresearch.config import chosen
+from bnresearch.layers import make_norm
+from bnresearch.models import MODELS
+from bnresearch.norm import NORMS, Scope
+from bnresearch.parallel import Layout
+from bnresearch.state import DROPOUT, INIT, State, empty_meter, stream
+from bnresearch.tasks import TASKS
+
+Tree = Any
+Numbers = Mapping[str, Any]
+
+
+def build_model(
+    config: ConfigDict,
+    num_classes: int,
+    *,
+    use: str,
+    numbers: Numbers | None = None,
+    scope: Scope = Scope(),
+) -> nn.Module:
+    """The model of a config; ``use`` says which statistics its norms normalise with."""
+    kind = config.norm.kind
+    options = chosen(config, "norm")
+    for name in options:
+        options[name] = (numbers or {}).get(f"norm.{kind}.{name}", options[name])
+    norm = make_norm(kind, options, use=use, scope=scope)
+    module = MODELS[config.model.name].module
+    dtype = jnp.dtype(config.dtype)
+    return module(num_classes=num_classes, norm=norm, dtype=dtype, **chosen(config, "model"))
+
+
+def make_init(
+    config: ConfigDict, shape: tuple[int, ...], num_classes: int
+) -> Callable[[Numbers], State]:
+    """The state before the first step, as a function of the numbers (of the seed)."""
+
+    def init(numbers: Numbers) -> State:
+        model = build_model(config, num_classes, use="running")
+        # Two examples: what reduces over the batch must not refuse to be initialised.
+        image = jnp.zeros((2, *shape), jnp.float32)
+        variables = model.init(stream(numbers["seed"], INIT), image, train=False)
+        params = variables["params"]
+        optimizer = optim.make_optimizer(config.optim, numbers, 1.0)
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params),
+            meter=empty_meter(),
+        )
+
+    return init
+
+
+def make_gradients(
+    config: ConfigDict, dataset: Any, layout: Layout
+) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+    """``(state, feed, numbers) -> loss, gradient, new running statistics`` of one whole batch."""
+    task = TASKS[config.task.name]
+    count = layout.accumulate
+    exact = config.train.accumulate_statistics == "batch" and NORMS[config.norm.kind].running
+    unroll = layout.mesh.devices.flat[0].platform == "cpu"  # convolutions in a loop are slow there
+    collection = "moments" if count > 1 else "batch_stats"
+
+    def gradients(state: State, feed: Tree, numbers: Numbers) -> tuple[jax.Array, Tree, Tree]:
+        use = "running" if exact and count > 1 else "batch"
+        model = build_model(
+            config, dataset.info.num_classes, use=use, numbers=numbers, scope=layout.scope
+        )
+        smoothing = numbers["task.classification.label_smoothing"]
+
+        def forward(params: Tree, batch_stats: Tree, index: jax.Array) -> tuple[jax.Array, Tree]:
+            batch = layout.constrain(microbatch(dataset, layout, state.step, feed, numbers, index))
+            logits, mutated = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                batch["image"],
+                train=True,
+                rngs={"dropout": dropout_key(layout, numbers, state.step, index)},
+                mutable=[collection],
+            )
+            loss = layout.mean_loss(task.loss(logits, batch, smoothing))
+            seen = mutated.get(collection, {})
+            return loss, seen if count == 1 else accumulate.site_moments(seen, batch_stats)
+
+        if count == 1:
+            value = jax.value_and_grad(forward, has_aux=True)
+            (loss, batch_stats), gradient = value(state.params, state.batch_stats, jnp.int32(0))
+            return loss, gradient, batch_stats
+        method = accumulate.exact_gradients if exact else accumulate.microbatch_gradients
+        loss, gradient, moments = method(forward, state.params, state.batch_stats, count, unroll)
+        if not state.batch_stats:
+            return loss, gradient, state.batch_stats
+        batch_stats = accumulate.update_statistics(
+            state.batch_stats, moments, numbers["norm.batch.decay"], config.norm.batch.correction
+        )
+        return loss, gradient, batch_stats
+
+    return gradients
+
+
+def microbatch(
+    dataset: Any, layout: Layout, step: jax.Array, feed: Tree, numbers: Numbers, index: jax.Array
+) -> dict[str, jax.Array]:
+    """The rows of microbatch ``index`` that this device handles. Microbatch j holds the rows
+    ``[j * size, (j + 1) * size)`` of the batch, on however many devices."""
+    if dataset.sharded_feed:
+        feed = jax.tree.map(lambda x: x[index], feed)
+    rows = index * layout.microbatch + layout.rows()
+    return dataset.train_batch(feed, numbers["seed"], step, rows)
+
+
+def dropout_key(
+    layout: Layout, numbers: Numbers, step: jax.Array, index: jax.Array
+) -> jax.Array:
+    """Another key for every step, microbatch and (in the per-device modes) device."""
+    key = jax.random.fold_in(stream(numbers["seed"], DROPOUT), step)
+    return layout.fold_key(jax.random.fold_in(key, index))
+
+
+def make_train_step(
+    config: ConfigDict, dataset: Any, layout: Layout, schedule: optim.Schedule
+) -> Callable[[State, Tree, Numbers], State]:
+    """One optimizer step. A step whose loss, gradient or statistics are not finite changes nothing
+    but ``meter["bad"]``: parameters, running statistics and the step count stay as they were."""
+    gradients = make_gradients(config, dataset, layout)
+
+    def train_step(state: State, feed: Tree, numbers: Numbers) -> State:
+        loss, gradient, batch_stats = gradients(state, feed, numbers)
+        loss, gradient = layout.mean_over_devices((loss, gradient))
+        gradient_norm = optax.tree.norm(gradient)
+        optimizer = optim.make_optimizer(config.optim, numbers, schedule(state.step))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        new = State(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            meter=add_to_meter(state.meter, loss, gradient_norm),
+        )
+        checksum = loss + gradient_norm + sum(x.sum() for x in jax.tree.leaves(batch_stats))
+        bad = state.replace(meter=state.meter | {"bad": jnp.ones((), jnp.bool_)})
+        return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(checksum), a, b), new, bad)
+
+    return train_step
+
+
+def add_to_meter(meter: Tree, loss: jax.Array, gradient_norm: jax.Array) -> Tree:
+    return {
+        "loss": meter["loss"] + loss,
+        "gradient_norm": meter["gradient_norm"] + gradient_norm,
+        "count": meter["count"] + 1,
+        "bad": meter["bad"],
+    }
+
+
+def looped(step: Callable[[State, Tree, Numbers], State]) -> Callable[..., State]:
+    """``count`` steps in one compiled call, ending early at a step that was refused.
+
+    The count is data: runs of any length share one compilation.
+    """
+
+    def run(state: State, feed: Tree, numbers: Numbers, count: jax.Array) -> State:
+        last = state.step + count
+
+        def unfinished(state: State) -> jax.Array:
+            return (state.step < last) & ~state.meter["bad"]
+
+        return jax.lax.while_loop(unfinished, lambda s: step(s, feed, numbers), state)
+
+    return run
+
+
+def single(step: Callable[[State, Tree, Numbers], State]) -> Callable[..., State]:
+    """One step per compiled call, in the signature of ``looped``. On CPU a convolution inside a
+    loop runs several times slower than the same one dispatched by itself."""
+    return lambda state, feed, numbers, count: step(state, feed, numbers)
+
+
+def make_eval_step(
+    config: ConfigDict, dataset: Any, batch_size: int, sharding: Any, *, use: str
+) -> Callable[..., Tree]:
+    """``(params, batch_stats, feed, step) -> sums`` over one evaluation batch.
+
+    ``use="running"`` normalises with the running statistics, ``use="batch"`` with those of the
+    evaluation batch itself (transductive: a prediction then depends on the batch around it).
+    ``sharding`` spreads the batch over the devices; None leaves it where it is.
+    """
+    task = TASKS[config.task.name]
+    model = build_model(config, dataset.info.num_classes, use=use)
+
+    def eval_step(params: Tree, batch_stats: Tree, feed: Tree, step: jax.Array) -> Tree:
+        batch = dataset.eval_batch(feed, step, jnp.arange(batch_size))
+        if sharding is not None:
+            batch = jax.lax.with_sharding_constraint(batch, sharding)
+        variables = {"params": params, "batch_stats": batch_stats}
+        return task.sums(model.apply(variables, batch["image"], train=False), batch)
+
+    return eval_step

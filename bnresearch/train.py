@@ -1,0 +1,252 @@
+"""The loop: one run from its config to its result."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from bnresearch import diverge
+from bnresearch.checkpoint import Checkpoints, digest
+from bnresearch.data.cache import cache_folder
+from bnresearch.errors import Diverged, Stopped
+from bnresearch.experiment import (
+    Experiment,
+    evaluator,
+    initial_state,
+    prepare,
+    train_feed,
+)
+from bnresearch.metrics import Metrics, progress
+from bnresearch.rundir import RunFolder, open_run, read_result
+from bnresearch.state import State, empty_meter
+
+HEARTBEAT_SECONDS = 15.0
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    show: str = "auto",
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Train a config to its end in ``workdir``, going on from its newest checkpoint.
+
+    Args:
+      config: see bnresearch.config.default_config.
+      workdir: the run folder; it is made, or continued if it holds the same config.
+      show: progress as "bar", "lines" or "off"; "auto" is a bar on a terminal, lines elsewhere.
+      command: recorded in status.json; the command line of this process by default.
+
+    Returns:
+      The content of result.json; that of a run already done is returned as it stands.
+
+    Raises:
+      UserError: the config or the workdir is wrong; nothing was written.
+      Diverged: the loss, a gradient or a statistic is not finite; recorded in the run folder.
+      Stopped: SIGTERM or Ctrl-C; the state is saved and the same call goes on.
+    """
+    enable_compilation_cache()
+    experiment = prepare(config)
+    try:
+        with open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder:
+            result = read_result(workdir)
+            if result is None:
+                result = _run(experiment, folder, show)
+            if result["status"] == "diverged":
+                raise Diverged(result["step"], result["message"])
+            return result
+    finally:
+        if experiment.program.dataset.sharded_feed:
+            experiment.program.dataset.close()
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless jax was told otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _run(experiment: Experiment, folder: RunFolder, show: str) -> dict[str, Any]:
+    """Train with the run's books kept: status, checkpoints, metrics, result."""
+    started, step = time.monotonic(), 0
+    with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
+        try:
+            step, state = checkpoints.restore(initial_state(experiment)) or (
+                0,
+                initial_state(experiment),
+            )
+            folder.set_status("running", step)
+            with Metrics(folder.path, step) as metrics, _progress(show) as bar:
+                loop = Loop(experiment, folder, checkpoints, metrics, bar)
+                state = loop.train(state)
+                result = loop.finish(state)
+        except Diverged as error:
+            result = {"schema": 1, "status": "diverged", "step": error.step, "message": error.reason}
+            folder.set_status("diverged", error.step, error.reason)
+        except Stopped as error:
+            folder.set_status("stopped", error.step, str(error))
+            raise
+        except BaseException as error:
+            folder.set_status("failed", step, f"{type(error).__name__}: {error}")
+            raise
+        else:
+            folder.set_status("done", result["step"])
+    result["seconds"] = round(time.monotonic() - started, 3)
+    folder.write_result(result)
+    return result
+
+
+@contextmanager
+def _progress(show: str) -> Iterator[Any]:
+    bar = progress(show)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class Loop:
+    """Advances a state to the end, stopping at the boundaries where something is due."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        bar: Any,
+    ):
+        self.experiment, self.program = experiment, experiment.program
+        self.folder, self.checkpoints = folder, checkpoints
+        self.metrics, self.bar = metrics, bar
+        self.total = self.program.total_steps
+        self.every = {name: experiment.steps(f"{name}_every") for name in ("log", "eval", "checkpoint")}
+        self.evaluate = evaluator(experiment, "running")
+        self.timer, self.beat = time.monotonic(), time.monotonic()
+        self.timed_from = 0
+
+    def train(self, state: State) -> State:
+        """From ``state`` to the last step."""
+        step = int(state.step)
+        self.timed_from = step
+        self.bar.start(step, self.total, self.folder.path.name)
+        with stop_requests() as stop:
+            while step < self.total:
+                boundary = min(self.total, *(step - step % n + n for n in self.every.values()))
+                state, step = self._advance(state, step, boundary, stop)
+                state = self._at_boundary(state, step)
+                if stop.is_set() and step < self.total:
+                    self.checkpoints.save(step, state)
+                    raise Stopped(step)
+        return state
+
+    def _advance(
+        self, state: State, step: int, boundary: int, stop: threading.Event
+    ) -> tuple[State, int]:
+        """Train up to ``boundary``, or until somebody asks to stop."""
+        carry = self.program.layout.put(state)
+        while step < boundary and not stop.is_set():
+            count = min(self.program.chunk, boundary - step)
+            feed = train_feed(self.experiment, step, count)
+            carry = self.program.train(carry, feed, self.experiment.numbers, jnp.int32(count))
+            step += count
+            self._heartbeat(step)
+        state = self.program.layout.get(carry)
+        if bool(state.meter["bad"]):
+            refused = int(state.step)
+            raise Diverged(refused, diverge.explain(self.experiment, state))
+        return state, step
+
+    def _at_boundary(self, state: State, step: int) -> State:
+        due = {name for name, n in self.every.items() if step % n == 0 or step == self.total}
+        if "log" in due:
+            state = self._log(state, step)
+        if "eval" in due:
+            self._write(step, "validation", self.evaluate(state, "validation"))
+            self.timer, self.timed_from = time.monotonic(), step
+        if "checkpoint" in due:
+            self.metrics.flush()
+            self.checkpoints.save(step, state)
+        return state
+
+    def _log(self, state: State, step: int) -> State:
+        """Write the means since the last log line, and empty the meter."""
+        meter = jax.device_get(state.meter)
+        seconds = time.monotonic() - self.timer
+        images = (step - self.timed_from) * self.experiment.config.data.batch_size
+        count = max(1, int(meter["count"]))
+        values = {
+            "loss": float(meter["loss"]) / count,
+            "learning_rate": self.experiment.learning_rate(step - 1),
+            "images_per_second": images / seconds,
+            "gradient_norm": float(meter["gradient_norm"]) / count,
+            "weight_norm": float(weight_norm(state.params)),
+        }
+        self._write(step, "train", values)
+        self.bar.update(step, values["loss"], values["images_per_second"])
+        self.timer, self.timed_from = time.monotonic(), step
+        return state.replace(meter=empty_meter())
+
+    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+        epoch = {"epoch": round(step / self.program.steps_per_epoch, 4)}
+        self.metrics.write(step, split, epoch | values)
+        if split != "train":
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.bar.line(f"step {step}  {split}  {shown}")
+
+    def _heartbeat(self, step: int) -> None:
+        if time.monotonic() - self.beat > HEARTBEAT_SECONDS:
+            self.folder.set_status("running", step)
+            self.beat = time.monotonic()
+
+    def finish(self, state: State) -> dict[str, Any]:
+        """The last checkpoint, the final metrics on validation and test, and the digest."""
+        self.checkpoints.save(self.total, state)
+        metrics = {split: self.evaluate(state, split) for split in ("validation", "test")}
+        self._write(self.total, "test", metrics["test"])
+        self.checkpoints.wait()
+        return {
+            "schema": 1,
+            "status": "done",
+            "step": self.total,
+            "metrics": metrics,
+            "digest": digest(state),
+        }
+
+
+@jax.jit
+def weight_norm(params: Any) -> jax.Array:
+    """The Euclidean norm of all parameters together."""
+    return optax.tree.norm(params)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set. A second Ctrl-C interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach the main thread only
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,26 @@
+"""CIFAR-10, ResNet-20 as He et al. (2016) trained it: 64k steps of 128, flips and padded crops."""
+
+from ml_collections import ConfigDict
+
+from bnresearch.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.data.name = "cifar10"
+    config.data.batch_size = 128
+    config.data.validation_fraction = 0.1
+    config.data.augment = "crop_flip"
+    config.data.pad = 4
+    config.model.name = "resnet"
+    config.model.resnet.depth = 20
+    config.optim.learning_rate = 0.1
+    config.optim.weight_decay = 1e-4
+    config.optim.decay_norms_and_biases = True
+    config.optim.schedule.name = "step"
+    config.optim.schedule.step.boundaries = (0.5, 0.75)
+    config.train.duration = "64000st"
+    config.train.log_every = "100st"
+    config.train.eval_every = "1ep"
+    config.train.checkpoint_every = "1ep"
+    return config

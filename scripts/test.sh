@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then all checks: ruff, mypy, pytest. Arguments go to pytest (-m "not slow", a file ...).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+"$python" -m ruff check --quiet .
+"$python" -m ruff format --check --quiet .
+"$python" -m mypy
+exec "$python" -m pytest "$@" </dev/null

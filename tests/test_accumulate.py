@@ -1,0 +1,105 @@
+"""Gradient accumulation: exact whole-batch statistics, or one ghost batch per microbatch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnresearch import config as configs
+from bnresearch.experiment import initial_state, prepare, train_feed
+from bnresearch.step import make_gradients
+
+# Three sites in sequence for the MLP; the ResNet has sites beside each other, too.
+MODELS = {
+    "mlp": ["model.name=mlp", "model.mlp.widths=(16, 16, 16)"],
+    "resnet": ["model.name=resnet", "model.resnet.depth=8", "model.resnet.width=0.25"],
+}
+
+# Unrolled microbatches of convolutions take long to compile.
+COUNTS = {"mlp": (2, 4), "resnet": (2,)}
+
+
+def gradients(*overrides, devices=1):
+    """Loss, gradient and running statistics of the first step, and the layout's device count."""
+    config = configs.load(
+        "configs/digits_mlp.py",
+        [
+            f"parallel.devices={devices}",
+            "data.batch_size=64",
+            "train.duration=50st",
+            "norm.batch.correction=1",
+            *overrides,
+        ],
+    )
+    experiment = prepare(config)
+    layout, dataset = experiment.program.layout, experiment.program.dataset
+    function = make_gradients(config, dataset, layout)
+
+    def step(state, feed, numbers, count):
+        loss, gradient, stats = function(state, feed, numbers)
+        return (*layout.mean_over_devices((loss, gradient)), stats)
+
+    compiled = layout.compile(step, sharded_feed=False)
+    feed = train_feed(experiment, 0, 1)
+    state = layout.put(initial_state(experiment))
+    return layout.get(compiled(state, feed, experiment.numbers, jnp.int32(1)))
+
+
+def assert_equal(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        scale = max(1.0, float(np.abs(y).max()))
+        np.testing.assert_allclose(np.asarray(x) / scale, np.asarray(y) / scale, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("model", MODELS)
+def test_exact_statistics_give_the_gradient_of_the_whole_batch(model):
+    whole = gradients(*MODELS[model])
+    for count in COUNTS[model]:
+        exact = gradients(
+            *MODELS[model], f"train.accumulate={count}", "train.accumulate_statistics=batch"
+        )
+        assert_equal(exact, whole, 1e-5)
+    # The other meaning gives another gradient, or this comparison would show nothing.
+    ghost = gradients(*MODELS[model], "train.accumulate=4")
+    difference = max(
+        float(np.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(ghost[1]), jax.tree.leaves(whole[1]), strict=True)
+    )
+    assert difference > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
+def test_exact_statistics_on_eight_devices(mode):
+    whole = gradients(*MODELS["mlp"])
+    exact = gradients(
+        *MODELS["mlp"],
+        f"parallel.mode={mode}",
+        "train.accumulate=2",
+        "train.accumulate_statistics=batch",
+        devices=8,
+    )
+    assert_equal(exact, whole, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
+def test_a_microbatch_is_a_ghost_batch_on_any_number_of_devices(mode):
+    """Microbatch j is the rows [16 j, 16 j + 16): the same numbers as four groups of one device,
+    because group g of four devices holds just these rows."""
+    groups = gradients(*MODELS["mlp"], "norm.scope=device", devices=4)
+    for devices in (1, 4):
+        ghost = gradients(
+            *MODELS["mlp"], f"parallel.mode={mode}", "train.accumulate=4", devices=devices
+        )
+        assert_equal(ghost, groups, 1e-5)
+
+
+def test_without_batch_statistics_accumulation_changes_nothing():
+    whole = gradients(*MODELS["mlp"], "norm.kind=layer")
+    parts = gradients(*MODELS["mlp"], "norm.kind=layer", "train.accumulate=4")
+    assert_equal(parts, whole, 1e-6)
