@@ -16,7 +16,8 @@ from bnresearch.errors import Diverged, Stopped, UserError, lookup
 USAGE = """\
 bnresearch: a laboratory for Batch Normalization in JAX.
 
-  python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/a --config.norm.kind=group
+  python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/a
+  python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/b --config.norm.kind=none
   python -m bnresearch eval  --workdir=runs/a --stats=batch
   python -m bnresearch list  norms
 
@@ -43,16 +44,19 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
     Any value of the config can be overridden: --config.optim.learning_rate=0.3. All keys and their
     defaults are in bnresearch/config.py; `--config=FILE --help` prints those of a file."""
     from bnresearch import train
+    from bnresearch.rundir import finite
 
     for flag in ("config", "workdir"):
         _require(values, flag)
     result = train.run(values.config, values.workdir, show=values.progress, command=sys.argv)
-    print(json.dumps({"workdir": values.workdir, **result}))
+    print(json.dumps(finite({"workdir": values.workdir, **result})))
 
 
 def _eval_flags(argv: list[str], values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "the folder of a training run", flag_values=values)
-    help_text = "statistics that normalise: running (of training) or batch (of the evaluation batch)"
+    help_text = (
+        "statistics that normalise: running (of training) or batch (of the evaluation batch)"
+    )
     flags.DEFINE_string("stats", "running", help_text, flag_values=values)
     flags.DEFINE_string("split", "test", "train, validation or test", flag_values=values)
 
@@ -60,10 +64,11 @@ def _eval_flags(argv: list[str], values: flags.FlagValues) -> None:
 def _eval(values: flags.FlagValues, argv: list[str]) -> None:
     """Evaluate the newest checkpoint of a run; prints one JSON object and changes nothing."""
     from bnresearch import evaluate, train
+    from bnresearch.rundir import finite
 
     _require(values, "workdir")
     train.enable_compilation_cache()
-    print(json.dumps(evaluate.evaluate_run(values.workdir, values.stats, values.split)))
+    print(json.dumps(finite(evaluate.evaluate_run(values.workdir, values.stats, values.split))))
 
 
 def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
@@ -73,8 +78,10 @@ def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
 def _list(values: flags.FlagValues, argv: list[str]) -> None:
     """List what can be chosen in a config: norms | models | datasets | tasks | optimizers |
     schedules | modes | stats | configs."""
-    what = argv[0] if argv else ""
+    what, *others = argv or [""]
     rows = lookup(LISTS, what, "thing to list")()
+    if others:
+        raise UserError(f"unexpected argument {others[0]!r}; list takes one thing at a time")
     for name, summary in rows:
         print(f"{name:22s} {summary}")
 

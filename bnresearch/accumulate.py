@@ -1,8 +1,8 @@
 """Gradients of one optimizer step from microbatches, with two meanings of batch statistics.
 
 ``microbatch``: each microbatch is normalised with its own statistics (one microbatch = one ghost
-batch, Hoffer et al., 2017). The running statistics are updated once per step with those of the whole
-batch (mean of means, pooled second moment), so they do not depend on the number of microbatches.
+batch, Hoffer et al., 2017). The running statistics are updated once per step with those of the
+whole batch (mean of means, pooled second moment), so they do not depend on how many there are.
 
 ``batch``: every microbatch is normalised with the exact statistics s of the whole batch, and the
 gradient flows through them, as if the batch had fitted into memory. s is the fixed point of
@@ -36,7 +36,7 @@ def site_moments(moments: Tree, batch_stats: Tree) -> Tree:
 def _each_site(function: Callable[..., dict[str, jax.Array]], *trees: Tree) -> Tree:
     """Apply ``function`` to the per-site dicts of trees of the same sites."""
     flats = [flatten_dict(tree) for tree in trees]
-    result = {}
+    result: dict[tuple[str, ...], jax.Array] = {}
     for site in {path[:-1]: None for path in flats[0]}:
         parts = [{p[-1]: v for p, v in flat.items() if p[:-1] == site} for flat in flats]
         result |= {(*site, name): value for name, value in function(*parts).items()}
@@ -58,9 +58,7 @@ def update_statistics(running: Tree, moments: Tree, decay: Any, correction: int)
     def update_site(old: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
         stats = Stats(new["mean"], new["var"])
         old_stats = Stats(old["mean"], old["var"])
-        updated = update_running(
-            old_stats, stats, new["count"], decay=decay, correction=correction
-        )
+        updated = update_running(old_stats, stats, new["count"], decay=decay, correction=correction)
         return updated._asdict()
 
     return _each_site(update_site, running, moments)
@@ -69,7 +67,7 @@ def update_statistics(running: Tree, moments: Tree, decay: Any, correction: int)
 def microbatch_gradients(
     forward: Forward, params: Tree, batch_stats: Tree, count: int, unroll: bool
 ) -> tuple[jax.Array, Tree, Tree]:
-    """Loss, gradient and pooled moments; ``forward`` normalises with each microbatch's statistics."""
+    """Loss, gradient and pooled moments; ``forward`` normalises each microbatch by its own."""
 
     def body(carry: tuple[jax.Array, Tree], index: jax.Array) -> tuple[Any, Tree]:
         value = jax.value_and_grad(forward, has_aux=True)
@@ -79,7 +77,9 @@ def microbatch_gradients(
 
     # The first microbatch outside the scan gives the carry its type (under shard_map the loss and
     # the gradients have lost their dependence on the device, zeros of our own would not say so).
-    first, first_moments = body(jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), jnp.int32(0))
+    first, first_moments = body(
+        jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), jnp.int32(0)
+    )
     total, rest = jax.lax.scan(body, first, jnp.arange(1, count), unroll=count if unroll else 1)
     moments = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first_moments, rest)
     loss, gradient = jax.tree.map(lambda x: x / count, total)

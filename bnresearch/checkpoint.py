@@ -99,7 +99,9 @@ class Checkpoints:
         if step in self.steps() and self._is_saved(step, about["digest"]):
             return
         ocp = _orbax()
-        items = {"state": ocp.args.StandardSave(_nest(arrays)), "about": ocp.args.JsonSave(about)}
+        # Orbax refuses arrays without elements; the description is enough to rebuild them.
+        full = _nest({name: array for name, array in arrays.items() if array.size})
+        items = {"state": ocp.args.StandardSave(full), "about": ocp.args.JsonSave(about)}
         self._saving = step
         # force: the manager would otherwise only accept steps beyond the newest one.
         self._open_manager().save(step, args=ocp.args.Composite(**items), force=True)
@@ -168,6 +170,8 @@ class Checkpoints:
                 max_to_keep=self.keep,
                 cleanup_tmp_directories=True,  # what killed runs left behind
                 lightweight_initialize=True,  # else it parses every old checkpoint, sound or not
+                # Made beside the training, a folder that cannot be made ends in a wait of 300 s.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -180,9 +184,7 @@ class Checkpoints:
             self._set_aside(step, error)
             return False
         if found != wanted:
-            raise RuntimeError(
-                f"step {step} is already saved in {self.directory}, with another state"
-            )
+            raise RuntimeError(f"{self.directory} already has step {step}, with another state")
         return True
 
     def _set_aside(self, step: int, error: Damaged) -> None:
@@ -215,12 +217,10 @@ def _warn(message: str) -> None:
 
 def _all_damaged(directory: Path, steps: list[int], read_only: bool) -> str:
     listed = ", ".join(str(step) for step in sorted(steps))
-    if read_only:
-        return f"all checkpoints in {directory} are damaged (steps {listed}): put sound copies back"
+    advice = "" if read_only else ", or run the same command again to start from the beginning"
     return (
-        f"all checkpoints in {directory} are damaged (steps {listed}) and were moved to damaged-*. "
-        "Put a sound copy back under its step number, or run the same command again to start from "
-        "the beginning."
+        f"all checkpoints in {directory} are damaged (steps {listed}): put a sound copy back under "
+        f"its step number{advice}"
     )
 
 
@@ -265,7 +265,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     for name, array in sorted(arrays.items()):
         total.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         # As uint8, because numpy hands out no buffer of bfloat16.
-        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -310,10 +310,11 @@ def _read(folder: Path, template: Any) -> dict[str, np.ndarray]:
     _check_statistics(saved, str(folder))
     _check_same(saved, _leaves(template), folder)
     ocp = _orbax()
-    wanted = _nest({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()})
-    args = ocp.args.StandardRestore(wanted)
+    empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+    full = _nest({name: array for name, array in empty.items() if array.size})
+    args = ocp.args.StandardRestore(full)
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    arrays = _named(_try(lambda: reader.restore(folder / "state", args=args)))
+    arrays = empty | _named(_try(lambda: reader.restore(folder / "state", args=args)))
     if _digest(arrays) != about["digest"]:
         raise Damaged("its values are not those that were saved")
     return arrays
@@ -327,8 +328,7 @@ def _try(read: Callable[[], Any]) -> Any:
         except MemoryError:
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            reason = f"{type(error).__name__}: {lines[0][:200]}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         # Here nothing refers to the error any more: what it held can report itself, and be ignored.
         time.sleep(0.2)
         gc.collect()

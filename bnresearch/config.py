@@ -1,8 +1,8 @@
 """Defaults, choices, validation, resolved form and hash of an experiment's config.
 
 Options that belong to one choice live under that choice's name (``model.resnet.depth``,
-``optim.sgd.momentum``, ``norm.group.groups``); the resolved form keeps only the chosen ones, so that
-an option nobody uses never makes two runs different.
+``optim.sgd.momentum``, ``norm.group.groups``); the resolved form keeps only the chosen ones, so
+that an option nobody uses never makes two runs different.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,49 +89,88 @@ def define_flag(argv: list[str], values: flags.FlagValues) -> None:
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> flags.FlagValues:
     """Parse ``argv``, turning every complaint of absl and ml_collections into a UserError."""
-    given = [item.split("=", 1) for item in argv if item.startswith("--config=")]
-    known = _known_keys(given[-1][1]) if given else []
+    given = _config_flag(argv)
+    if given:
+        _check_file(given)
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}; see --help") from None
     except flags.Error as error:
-        raise UserError(f"{error}; see --help") from None
+        raise UserError(_explain_flag(str(error))) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_explain_override(argv, known, error)) from None
+        raise UserError(_explain_override(argv, error)) from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; options start with --; see --help")
     return values
 
 
-def _known_keys(flag_value: str) -> list[str]:
-    """Check the config file itself and list its keys, before ml_collections wraps the errors."""
-    path = Path(flag_value.split(":", 1)[0])
+def _config_flag(argv: list[str]) -> str | None:
+    """The value of the last ``--config=FILE`` or ``--config FILE``."""
+    value = None
+    for item, following in zip(argv, [*argv[1:], None], strict=True):
+        match = re.fullmatch(r"--?config(?:=(.*))?", item, re.DOTALL)
+        if match:
+            value = following if match[1] is None else match[1]
+    return value
+
+
+def _check_file(flag_value: str) -> None:
+    """Refuse a config file that cannot be used, before ml_collections wraps the reasons."""
+    name, *argument = flag_value.split(":", 1)
+    path = Path(name)
     if not path.is_file():
         raise UserError(
-            f"config file {str(path)!r} does not exist; see `python -m bnresearch list configs`"
+            f"config file {name!r} does not exist; see `python -m bnresearch list configs`"
         )
     spec = importlib.util.spec_from_file_location("bnresearch_config_file", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"config file {str(path)!r} is not a Python file (.py)")
+        raise UserError(f"config file {name!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _failures_explained(name):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"config file {str(path)!r} fails: {type(error).__name__}: {error}"
-        ) from error
     if not callable(getattr(module, "get_config", None)):
         raise UserError(
-            f"config file {str(path)!r} has no get_config() function; it must return a ConfigDict, "
+            f"config file {name!r} has no get_config() function; it must return a ConfigDict, "
             "see configs/digits_mlp.py"
         )
-    return sorted(flatten(default_config()))
+    with _failures_explained(name):
+        config = module.get_config(*argument)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config() in config file {name!r} returns a {type(config).__name__}, not a "
+            "ConfigDict; start from bnresearch.config.default_config() and return it"
+        )
+    _check_keys(flatten(config), flatten(default_config()))
 
 
-def _explain_override(argv: list[str], known: list[str], error: Exception) -> str:
+@contextmanager
+def _failures_explained(name: str) -> Iterator[None]:
+    """Whatever a config file raises, also by leaving the program, as a UserError of one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"config file {name!r} fails: {type(error).__name__}: {reason}; correct the file"
+        ) from error
+
+
+def _explain_flag(message: str) -> str:
+    """absl's complaint about a value, with the kind of value that the config key takes."""
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    default = flatten(default_config()).get(match[1]) if match else None
+    if match is None or default is None:
+        return f"{message}; see --help"
+    return (
+        f"{match[1]}={match[2]!r} is no {type(default).__name__}; give a value such as {default!r}"
+    )
+
+
+def _explain_override(argv: list[str], error: Exception) -> str:
+    known = sorted(flatten(default_config()))
     for item in argv:
-        match = re.match(r"--config\.([\w.]+)", item)
+        match = re.match(r"--?config\.([\w.]+)", item)
         if match and match[1] not in known and not any(k.startswith(match[1] + ".") for k in known):
             return f"unknown config key {match[1]!r}; {nearest(match[1], known)}"
     return f"the config cannot be read: {type(error).__name__}: {error}"
@@ -151,14 +191,9 @@ def validate(config: ConfigDict) -> None:
     """Raise a UserError for everything that can be seen to be wrong without data or devices."""
     known = flatten(default_config())
     flat = flatten(config)
+    _check_keys(flat, known)
     for key, value in flat.items():
-        if key not in known:
-            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
         _check_value(key, value, known[key])
-    for key in known.keys() - flat.keys():
-        raise UserError(
-            f"config key {key!r} is missing; start from bnresearch.config.default_config()"
-        )
     for path, (table, key) in CHOICES.items():
         lookup(table, _at(config, path)[key], f"{path}.{key}")
     _check_choice("dtype", config.dtype, DTYPES)
@@ -166,6 +201,8 @@ def validate(config: ConfigDict) -> None:
     _check_choice("norm.batch.correction", config.norm.batch.correction, (0, 1))
     lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
     parallel.parse_scope(config.norm.scope)
+    if config.seed >= 2**31:
+        raise UserError(f"seed={config.seed} is too large; give a number below 2**31")
     for key in ("train.accumulate", "train.keep", "data.batch_size"):
         if flat[key] < 1:
             raise UserError(f"{key}={flat[key]} must be at least 1")
@@ -174,10 +211,22 @@ def validate(config: ConfigDict) -> None:
     optim.validate(config.optim)
 
 
+def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+    for key in known:
+        if key not in given:
+            raise UserError(
+                f"config key {key!r} is missing; start from bnresearch.config.default_config()"
+            )
+
+
 def _check_value(key: str, value: Any, default: Any) -> None:
     if type(value) is not type(default):
         raise UserError(
-            f"{key}={value!r} has type {type(value).__name__}; give a {type(default).__name__}"
+            f"{key}={value!r} is of type {type(value).__name__}, not {type(default).__name__}; "
+            f"give a value such as {default!r}"
         )
     if isinstance(value, tuple) and default:
         for item in value:
@@ -203,6 +252,8 @@ UNIT_INTERVAL = {
     "optim.adamw.b2": False,
     "optim.lamb.b1": False,
     "optim.lamb.b2": False,
+    "optim.schedule.cosine.final": True,
+    "optim.schedule.step.factor": True,
     "task.classification.label_smoothing": False,
 }
 

@@ -31,9 +31,7 @@ def site_moments(experiment: Experiment, state: State) -> dict[str, dict[str, An
     feed = dataset.feed(experiment.seed, step, 1)
     rows = jnp.arange(config.data.batch_size)
     batch = dataset.train_batch(feed, experiment.numbers["seed"], jnp.int32(step), rows)
-    model = build_model(
-        config, dataset.info.num_classes, use="batch", numbers=experiment.numbers
-    )
+    model = build_model(config, dataset.info.num_classes, use="batch", numbers=experiment.numbers)
     _, seen = model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
         batch["image"],

@@ -62,9 +62,7 @@ class Experiment(NamedTuple):
 
     def steps(self, name: str) -> int:
         """The duration ``train.<name>`` in optimizer steps."""
-        return optim.steps(
-            f"train.{name}", self.config.train[name], self.program.steps_per_epoch
-        )
+        return optim.steps(f"train.{name}", self.config.train[name], self.program.steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
         return float(self.config.optim.learning_rate * self.program.schedule(step))

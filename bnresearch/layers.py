@@ -70,9 +70,9 @@ class Norm(nn.Module):
             x, scale, bias, running, use=self.use, scope=self.stats_scope, **self.options
         )
         # Initialisation must leave the statistics at 0 and 1.
-        if self.use == "batch" and self.is_mutable_collection("batch_stats"):
-            if not self.is_initializing():
-                mean.value, var.value = new
+        moving = self.use == "batch" and self.is_mutable_collection("batch_stats")
+        if moving and not self.is_initializing():
+            mean.value, var.value = new
         return y
 
     def _observe(self, x: jax.Array) -> None:
@@ -87,7 +87,7 @@ class Norm(nn.Module):
 def make_norm(
     kind: str, options: Mapping[str, Any], *, use: str = "batch", scope: Scope = Scope()
 ) -> Callable[..., Norm]:
-    """The constructor ``norm(name=..., after_linear=True, scale_init=None)`` that a model receives."""
+    """The constructor ``norm(name=, after_linear=True, scale_init=None)`` that a model receives."""
 
     def norm(
         *, name: str, after_linear: bool = True, scale_init: Initializer | None = None

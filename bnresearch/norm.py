@@ -3,11 +3,11 @@
 Conventions of the whole project:
 
 * features last: ``x`` is ``[batch, ..., features]``; one set of statistics per feature;
-* ``decay``: ``running <- decay * running + (1 - decay) * batch`` (torch's momentum is ``1 - decay``);
+* ``decay``: ``running <- decay * running + (1 - decay) * batch`` (torch: ``momentum = 1 - decay``);
 * ``correction``: 0 stores the biased batch variance (divided by n), 1 the unbiased one (by n - 1).
   The batch itself is always normalised with the biased variance;
-* statistics are float32, also for half-precision inputs (float64 stays float64), and the variance is
-  computed in two passes: ``E[x^2] - E[x]^2`` in float32 loses everything at ``|mean| >> std``.
+* statistics are float32, also for half-precision inputs (float64 stays float64), and the variance
+  takes two passes: ``E[x^2] - E[x]^2`` in float32 loses everything at ``|mean| >> std``.
 """
 
 import math
@@ -64,8 +64,10 @@ def _merged_devices(scope: Scope) -> int:
 
 
 def _split(x: jax.Array, scope: Scope) -> jax.Array:
-    """``[batch, ..., features]`` as ``[splits, batch / splits, ..., features]``, in float32."""
+    """``[splits, batch / splits, ..., features]`` in float32; as it is where there is one set."""
     x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    if scope.splits == 1:  # a leading axis of 1 makes XLA's reductions on CPU twice as slow
+        return x
     return x.reshape(scope.splits, x.shape[0] // scope.splits, *x.shape[1:])
 
 
@@ -80,17 +82,24 @@ def values_per_batch(shape: tuple[int, ...], scope: Scope) -> int:
     return math.prod(shape[:-1]) * math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
-def batch_stats(x: jax.Array, scope: Scope = Scope()) -> Stats:
-    """Mean and biased variance of each set that is normalised together: ``[splits, 1, ..., features]``.
+def _centred(x: jax.Array, scope: Scope) -> tuple[jax.Array, Stats]:
+    """``x - mean`` and the statistics, per set: ``[..., features]``, a leading axis for the splits.
 
     Every device and every split holds equally many values, so means of means are exact, and the
     variance is the mean square distance from the *merged* mean (never a mean of variances).
     """
     x = _split(x, scope)
-    axes = tuple(range(1, x.ndim - 1))
+    axes = tuple(range(0 if scope.splits == 1 else 1, x.ndim - 1))
     mean = _merge(x.mean(axes, keepdims=True), scope)
-    var = _merge(jnp.square(x - mean).mean(axes, keepdims=True), scope)
-    return Stats(mean, var)
+    centred = x - mean
+    var = _merge(jnp.square(centred).mean(axes, keepdims=True), scope)
+    return centred, Stats(mean, var)
+
+
+def batch_stats(x: jax.Array, scope: Scope = Scope()) -> Stats:
+    """Mean and biased variance of each set that is normalised together: as many values as
+    ``splits * features``, broadcasting against the split input."""
+    return _centred(x, scope)[1]
 
 
 def pool(stats: Stats, axis: int = 0) -> Stats:
@@ -112,7 +121,7 @@ def whole_batch(stats: Stats, scope: Scope) -> Stats:
 
 
 def update_running(
-    running: Stats, batch: Stats, count: int, *, decay: float | jax.Array, correction: int
+    running: Stats, batch: Stats, count: Any, *, decay: Any, correction: int
 ) -> Stats:
     """``decay * running + (1 - decay) * batch``; of ``count`` values each."""
     var = batch.var * (count / (count - correction))
@@ -128,16 +137,24 @@ def normalise(
     scale: jax.Array | None,
     bias: jax.Array | None,
     epsilon: float,
-    scope: Scope = Scope(),
 ) -> jax.Array:
     """``(x - mean) / sqrt(var + epsilon) * scale + bias``, computed in float32, in the dtype of x."""
-    multiplier = jax.lax.rsqrt(stats.var + epsilon)
+    centred = _split(x, Scope()) - stats.mean
+    return _affine(centred, stats.var, scale, bias, epsilon).astype(x.dtype)
+
+
+def _affine(
+    centred: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: float,
+) -> jax.Array:
+    multiplier = jax.lax.rsqrt(var + epsilon)
     if scale is not None:
         multiplier = multiplier * scale
-    y = (_split(x, scope) - stats.mean) * multiplier
-    if bias is not None:
-        y = y + bias
-    return y.reshape(x.shape).astype(x.dtype)
+    y = centred * multiplier
+    return y if bias is None else y + bias
 
 
 def batch_norm(
@@ -180,11 +197,13 @@ def batch_norm(
     count = values_per_set(x.shape, scope)
     if count < 2:
         raise UserError(
-            f"batch statistics over one single value (input {tuple(x.shape)}): the output would not "
-            "depend on the input; use a larger batch, a wider norm.scope, or norm.kind=group|layer"
+            f"batch statistics over one single value (input {tuple(x.shape)}): the output would "
+            "not depend on the input; use a larger batch, a wider norm.scope, or "
+            "norm.kind=group|layer"
         )
-    stats = batch_stats(x, scope)
-    y = normalise(x, stats, scale, bias, epsilon, scope)
+    # Centred once for both the variance and the output: one sum less in the gradient.
+    centred, stats = _centred(x, scope)
+    y = _affine(centred, stats.var, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
     total = values_per_batch(x.shape, scope)
     new = update_running(
         running, whole_batch(stats, scope), total, decay=decay, correction=correction

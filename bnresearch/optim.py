@@ -31,7 +31,7 @@ def defaults() -> dict[str, Any]:
 
 
 def parse_duration(key: str, text: str, *, positive: bool = False) -> tuple[float, str]:
-    """``"10ep"`` (epochs, may be fractional) or ``"500st"`` (optimizer steps) as number and unit."""
+    """``"10ep"`` (epochs, may be fractional) or ``"500st"`` (optimizer steps) as number, unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text)
     if not match:
         raise UserError(
@@ -71,7 +71,7 @@ def _step(total: int, boundaries: tuple[float, ...], factor: float) -> Schedule:
 
 
 def _one_cycle(total: int, rise: float, start: float, final: float) -> Schedule:
-    # optax divides the peak by div_factor at the start and the start by final_div_factor at the end.
+    # optax starts at peak / div_factor and ends at start / final_div_factor.
     return optax.cosine_onecycle_schedule(max(2, total), 1.0, rise, 1 / start, start / final)
 
 

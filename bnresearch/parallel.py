@@ -2,8 +2,8 @@
 
 A mode says how one pure step runs on all devices. The step itself only asks its layout for the rows
 of the batch that it handles, for the scope of its norms, and where to average. Which average is the
-right one depends on how the mode transposes collectives, and the wrong one is silent (parameters are
-off by a third after five steps), so it is decided here and nowhere else:
+right one depends on how the mode transposes collectives, and the wrong one is silent (parameters
+are far off after five steps), so it is decided here and nowhere else:
 
 =========  =====================  ====================================================
 mode       what the step sees     the gradient of the mean loss
@@ -60,9 +60,11 @@ def pick_devices(count: int) -> list[jax.Device]:
     """The first ``count`` devices, or all of them for 0."""
     devices = jax.devices()
     if count > len(devices):
+        platform = devices[0].platform
+        hint = f"; JAX_NUM_CPU_DEVICES={count} makes fake ones" if platform == "cpu" else ""
         raise UserError(
-            f"parallel.devices={count}, but this machine has {len(devices)} "
-            f"{devices[0].platform} device(s); give 0 to use all"
+            f"parallel.devices={count}, but this machine has {len(devices)} {platform} device(s); "
+            f"give 0 to use all{hint}"
         )
     return devices[:count] if count else devices
 
@@ -147,7 +149,7 @@ class Layout:
         return tree
 
     def put_batch(self, batch: Any) -> Any:
-        """Spread a host batch ``[batch_size, ...]`` over the devices as ``[accumulate, rows, ...]``."""
+        """Spread a host batch ``[batch_size, ...]`` over the devices, by microbatch first."""
         spec = PartitionSpec(None, AXES)
         return jax.tree.map(
             lambda x: jax.device_put(

@@ -1,4 +1,4 @@
-"""Normalisers without batch statistics: the same in training and evaluation, one example at a time."""
+"""Normalisers without batch statistics: one example at a time, in training as in evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ def layer_norm(
     example. x is ``[batch, ..., features]``; scale and bias are ``[features]``.
 
     ``over="example"`` takes m and v over all axes but the batch (the layer norm of the
-    convolutional literature, group norm with one group: Wu & He, 2018); ``over="features"`` over the
-    last axis only (that of transformers). Both are the same for ``[batch, features]``.
+    convolutional literature, group norm with one group: Wu & He, 2018); ``over="features"`` over
+    the last axis only (that of transformers). Both are the same for ``[batch, features]``.
     """
     if over not in LAYER_NORM_OVER:
         raise UserError(f"unknown norm.layer.over {over!r}; choose one of {LAYER_NORM_OVER}")

@@ -10,8 +10,7 @@ from flax import struct
 INIT, DROPOUT = 1, 2
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Everything that changes during a run: what is not in here is not state.
 
     Attributes:
@@ -30,8 +29,8 @@ class State:
 
 
 def empty_meter() -> dict[str, jax.Array]:
-    """Sums of the loss and of the gradient norm over ``count`` steps, and whether a step was refused
-    because its loss, gradient or statistics were not finite."""
+    """Sums of the loss and of the gradient norm over ``count`` steps, and whether a step was
+    refused because its loss, gradient or statistics were not finite."""
     return {
         "loss": jnp.zeros((), jnp.float32),
         "gradient_norm": jnp.zeros((), jnp.float32),

@@ -121,9 +121,7 @@ def microbatch(
     return dataset.train_batch(feed, numbers["seed"], step, rows)
 
 
-def dropout_key(
-    layout: Layout, numbers: Numbers, step: jax.Array, index: jax.Array
-) -> jax.Array:
+def dropout_key(layout: Layout, numbers: Numbers, step: jax.Array, index: jax.Array) -> jax.Array:
     """Another key for every step, microbatch and (in the per-device modes) device."""
     key = jax.random.fold_in(stream(numbers["seed"], DROPOUT), step)
     return layout.fold_key(jax.random.fold_in(key, index))
@@ -205,6 +203,7 @@ def make_eval_step(
         if sharding is not None:
             batch = jax.lax.with_sharding_constraint(batch, sharding)
         variables = {"params": params, "batch_stats": batch_stats}
-        return task.sums(model.apply(variables, batch["image"], train=False), batch)
+        logits: Any = model.apply(variables, batch["image"], train=False)
+        return task.sums(logits, batch)
 
     return eval_step

@@ -72,38 +72,33 @@ def run(
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _run(experiment: Experiment, folder: RunFolder, show: str) -> dict[str, Any]:
     """Train with the run's books kept: status, checkpoints, metrics, result."""
-    started, step = time.monotonic(), 0
+    started = time.monotonic()
     with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
-        try:
-            step, state = checkpoints.restore(initial_state(experiment)) or (
-                0,
-                initial_state(experiment),
-            )
-            folder.set_status("running", step)
-            with Metrics(folder.path, step) as metrics, _progress(show) as bar:
-                loop = Loop(experiment, folder, checkpoints, metrics, bar)
-                state = loop.train(state)
-                result = loop.finish(state)
-        except Diverged as error:
-            result = {"schema": 1, "status": "diverged", "step": error.step, "message": error.reason}
-            folder.set_status("diverged", error.step, error.reason)
-        except Stopped as error:
-            folder.set_status("stopped", error.step, str(error))
-            raise
-        except BaseException as error:
-            folder.set_status("failed", step, f"{type(error).__name__}: {error}")
-            raise
-        else:
-            folder.set_status("done", result["step"])
-    result["seconds"] = round(time.monotonic() - started, 3)
+        fresh = initial_state(experiment)
+        step, state = checkpoints.restore(fresh) or (0, fresh)
+        folder.set_status("running", step)
+        with Metrics(folder.path, step) as metrics, _progress(show) as bar:
+            loop = Loop(experiment, folder, checkpoints, metrics, bar)
+            try:
+                result = loop.finish(loop.train(state))
+            except Diverged as error:
+                result = {"status": "diverged", "step": error.step, "message": error.reason}
+            except Stopped as error:
+                folder.set_status("stopped", error.step, str(error))
+                raise
+            except BaseException as error:
+                folder.set_status("failed", loop.step, f"{type(error).__name__}: {error}")
+                raise
+    result = {"schema": 1, **result, "seconds": round(time.monotonic() - started, 3)}
     folder.write_result(result)
+    folder.set_status(result["status"], result["step"], result.get("message"))
     return result
 
 
@@ -131,42 +126,44 @@ class Loop:
         self.folder, self.checkpoints = folder, checkpoints
         self.metrics, self.bar = metrics, bar
         self.total = self.program.total_steps
-        self.every = {name: experiment.steps(f"{name}_every") for name in ("log", "eval", "checkpoint")}
+        self.every = {
+            name: experiment.steps(f"{name}_every") for name in ("log", "eval", "checkpoint")
+        }
         self.evaluate = evaluator(experiment, "running")
-        self.timer, self.beat = time.monotonic(), time.monotonic()
-        self.timed_from = 0
+        self.timer = self.beat = time.monotonic()
+        self.step = 0
+        self.timed_from: int | None = None
+        self.shown: tuple[float | None, float | None] = (None, None)
 
     def train(self, state: State) -> State:
         """From ``state`` to the last step."""
-        step = int(state.step)
-        self.timed_from = step
-        self.bar.start(step, self.total, self.folder.path.name)
+        self.step = int(state.step)
+        self.bar.start(self.step, self.total, self.folder.path.name)
         with stop_requests() as stop:
-            while step < self.total:
-                boundary = min(self.total, *(step - step % n + n for n in self.every.values()))
-                state, step = self._advance(state, step, boundary, stop)
-                state = self._at_boundary(state, step)
-                if stop.is_set() and step < self.total:
-                    self.checkpoints.save(step, state)
-                    raise Stopped(step)
+            while self.step < self.total:
+                state = self._advance(state, stop)
+                state = self._at_boundary(state, self.step)
+                if stop.is_set() and self.step < self.total:
+                    self.checkpoints.save(self.step, state)
+                    raise Stopped(self.step)
         return state
 
-    def _advance(
-        self, state: State, step: int, boundary: int, stop: threading.Event
-    ) -> tuple[State, int]:
-        """Train up to ``boundary``, or until somebody asks to stop."""
+    def _advance(self, state: State, stop: threading.Event) -> State:
+        """Train up to where something is due, or until somebody asks to stop."""
+        step = self.step
+        boundary = min(self.total, *(step - step % n + n for n in self.every.values()))
         carry = self.program.layout.put(state)
-        while step < boundary and not stop.is_set():
-            count = min(self.program.chunk, boundary - step)
-            feed = train_feed(self.experiment, step, count)
+        while self.step < boundary and not stop.is_set():
+            count = min(self.program.chunk, boundary - self.step)
+            feed = train_feed(self.experiment, self.step, count)
             carry = self.program.train(carry, feed, self.experiment.numbers, jnp.int32(count))
-            step += count
-            self._heartbeat(step)
+            self.step += count
+            self._tick(carry)
         state = self.program.layout.get(carry)
         if bool(state.meter["bad"]):
             refused = int(state.step)
             raise Diverged(refused, diverge.explain(self.experiment, state))
-        return state, step
+        return state
 
     def _at_boundary(self, state: State, step: int) -> State:
         due = {name for name, n in self.every.items() if step % n == 0 or step == self.total}
@@ -183,18 +180,19 @@ class Loop:
     def _log(self, state: State, step: int) -> State:
         """Write the means since the last log line, and empty the meter."""
         meter = jax.device_get(state.meter)
-        seconds = time.monotonic() - self.timer
-        images = (step - self.timed_from) * self.experiment.config.data.batch_size
         count = max(1, int(meter["count"]))
         values = {
             "loss": float(meter["loss"]) / count,
             "learning_rate": self.experiment.learning_rate(step - 1),
-            "images_per_second": images / seconds,
             "gradient_norm": float(meter["gradient_norm"]) / count,
             "weight_norm": float(weight_norm(state.params)),
         }
+        images = (step - (self.timed_from or 0)) * self.experiment.config.data.batch_size
+        if images:  # none are timed yet if the call that compiled was the only one
+            values["images_per_second"] = images / (time.monotonic() - self.timer)
         self._write(step, "train", values)
-        self.bar.update(step, values["loss"], values["images_per_second"])
+        self.shown = values["loss"], values.get("images_per_second")
+        self.bar.update(step, *self.shown)
         self.timer, self.timed_from = time.monotonic(), step
         return state.replace(meter=empty_meter())
 
@@ -205,9 +203,14 @@ class Loop:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.bar.line(f"step {step}  {split}  {shown}")
 
-    def _heartbeat(self, step: int) -> None:
+    def _tick(self, carry: State) -> None:
+        """Show that the run moves: on the display and, now and then, in status.json."""
+        if self.timed_from is None:
+            jax.block_until_ready(carry)  # compilation is not part of any rate
+            self.timer, self.timed_from = time.monotonic(), self.step
+        self.bar.update(self.step, *self.shown)
         if time.monotonic() - self.beat > HEARTBEAT_SECONDS:
-            self.folder.set_status("running", step)
+            self.folder.set_status("running", self.step)
             self.beat = time.monotonic()
 
     def finish(self, state: State) -> dict[str, Any]:
@@ -217,7 +220,6 @@ class Loop:
         self._write(self.total, "test", metrics["test"])
         self.checkpoints.wait()
         return {
-            "schema": 1,
             "status": "done",
             "step": self.total,
             "metrics": metrics,

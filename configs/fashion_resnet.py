@@ -1,4 +1,4 @@
-"""Fashion-MNIST, a ResNet-8 (He et al., 2016) with BatchNorm: a real run within minutes on a CPU."""
+"""Fashion-MNIST, a ResNet-8 (He et al., 2016) with BatchNorm: minutes on a CPU."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""ImageNet, ResNet-50 in bf16 with the recipe of Goyal et al. (2017), label smoothing and a cosine."""
+"""ImageNet, ResNet-50 in bf16: Goyal et al. (2017), with label smoothing and a cosine."""
 
 from ml_collections import ConfigDict
 

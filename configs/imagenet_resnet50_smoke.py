@@ -1,4 +1,4 @@
-"""The code path of imagenet_resnet50 on made-up photographs, small and short: proves that it runs."""
+"""The code path of imagenet_resnet50 on made-up photographs, small and short."""
 
 from pathlib import Path
 

@@ -52,7 +52,7 @@ def make_state(seed=0, width=8, statistics=jnp.float32):
     return State(jnp.int32(seed), params, statistics, transform.init(params))
 
 
-def numbers(seed=0, size=100):
+def numbers(seed=0, size=2000):
     return {"params": {"kernel": np.random.default_rng(seed).standard_normal(size)}}
 
 
@@ -178,7 +178,7 @@ def test_saving_a_step_again(tmp_path):
         before = (tmp_path / "2" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
         checkpoints.save(2, numbers(2))
         assert (tmp_path / "2" / "_CHECKPOINT_METADATA").stat().st_mtime_ns == before
-        with pytest.raises(RuntimeError, match="step 2 is already saved"):
+        with pytest.raises(RuntimeError, match="already has step 2, with another state"):
             checkpoints.save(2, numbers(3))
 
 
@@ -267,6 +267,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def reshape(description):
+    content = description.read_bytes()
+    assert content.count(b"[20000]") == 1
+    description.write_bytes(content.replace(b"[20000]", b"[20001]"))
+
+
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -279,6 +285,7 @@ DAMAGE = {
     "flipped bit in the manifest": lambda folder: flip(folder / "state" / "manifest.ocdbt"),
     "truncated metadata": lambda folder: truncate(folder / "state" / "_METADATA"),
     "flipped bit in the description": lambda folder: flip(folder / "about" / "metadata"),
+    "another shape in the description": lambda folder: reshape(folder / "about" / "metadata"),
     "missing description": lambda folder: (folder / "about" / "metadata").unlink(),
     "missing state": lambda folder: shutil.rmtree(folder / "state"),
     "empty folder": empty,
@@ -334,7 +341,7 @@ def test_any_flipped_bit_gives_the_same_state_or_is_noticed(tmp_path):
             noticed += 1
         else:
             same_bits(restored, state)
-    assert noticed >= 2 * 4  # arrays, their index, its manifest, the description
+    assert noticed >= 4  # the description and the manifest, twice
 
 
 def test_a_renamed_checkpoint_is_not_believed(tmp_path, capfd):
@@ -374,7 +381,7 @@ def test_read_only_moves_nothing(tmp_path, capfd):
     with pytest.raises(RuntimeError, match="read only"):
         checkpoints.save(4, numbers())
     flip(largest(tmp_path / "1" / "state"))
-    with pytest.raises(UserError, match="put sound copies back"):
+    with pytest.raises(UserError, match="put a sound copy back under its step number$"):
         checkpoints.restore(numbers())
     assert "damaged" in capfd.readouterr().err
 
@@ -401,6 +408,7 @@ while True:
     with open(log, "a") as file:
         file.write(f"{step} {checkpoint.digest(new)}\\n")
     checkpoints.save(step, new)
+    print("saving", step, flush=True)
 """
 
 
@@ -411,29 +419,29 @@ def test_sigkill_at_any_moment_leaves_the_checkpoints_before(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(source)}
     chance = random.Random(0)
     last = 0
-    for _ in range(11):
-        command = [sys.executable, "-W", "error", "-c", CHILD, str(folder), str(log)]
+    for kill in range(8):
         child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-W", "error", "-c", CHILD, str(folder), str(log)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert child.stdout is not None
         _, step, *digest = child.stdout.readline().split()
-        recorded = dict(line.split() for line in log.read_text().splitlines()) if last else {}
-        assert int(step) >= last
-        if last:
+        if kill:
+            recorded = dict(line.split() for line in log.read_text().splitlines())
+            assert int(step) > last
             assert digest == [recorded[step]]
-        last = int(step)
-        if not folder.exists():  # the first one may work until there is something to lose
-            while not (folder / "1").exists():
-                time.sleep(0.01)
-            last = 1
-        time.sleep(chance.uniform(0, 0.5))
+        for _ in range(2):  # when the second save has begun, the first is on disk
+            child.stdout.readline()
+        time.sleep(chance.uniform(0, 0.4))
         child.send_signal(signal.SIGKILL)
         _, errors = child.communicate()
         assert errors == ""
+        last = int(step)
     names = [path.name for path in folder.iterdir()]
-    assert last >= 3
-    # At most one half-written, one whose deletion was interrupted, and the two that are kept.
+    # At most the two that are kept, one half-written, and one whose deletion was interrupted.
     assert len(names) <= 4
     assert not any(name.startswith("damaged") for name in names)
 
@@ -442,5 +450,5 @@ def test_the_description_is_json_to_look_at(tmp_path):
     saved(tmp_path, 7)
     about = json.loads((tmp_path / "7" / "about" / "metadata").read_text())
     assert about["step"] == 7
-    assert about["leaves"] == {"params/kernel": ["float64", [100]]}
+    assert about["leaves"] == {"params/kernel": ["float64", [2000]]}
     assert about["digest"] == checkpoint.digest(numbers(7))

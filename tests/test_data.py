@@ -254,6 +254,8 @@ def test_evaluation_counts_every_example_once_in_stored_order():
     np.testing.assert_array_equal(mask, np.arange(320) < 270)
     raw, expected = stored(dataset, "test")
     np.testing.assert_array_equal(labels[mask], expected)
+    # Padding begins again: real pictures, for norms that use the statistics of the batch.
+    np.testing.assert_array_equal(images[~mask], images[:50])
     info = dataset.info
     np.testing.assert_allclose(images[mask], (raw - info.mean) / info.std, atol=1e-5)
 
@@ -272,7 +274,7 @@ def test_synthetic_is_a_function_of_seed_and_index_and_can_be_learned():
 
 
 def test_image_size_resizes_when_decoding():
-    dataset = data.load(settings(image_size=16, in_memory="yes"))
+    dataset = data.load(settings(image_size=16))
     assert dataset.info.shape == (16, 16, 1)
     small = data.load(settings())
     large, raw = stored(dataset, "train")[0], stored(small, "train")[0]
@@ -315,6 +317,18 @@ def test_image_size_resizes_when_decoding():
 def test_refusals_in_words(changes, words):
     with pytest.raises(UserError, match=words):
         data.load(settings(**changes))
+
+
+def test_auto_streams_what_is_large_or_varies():
+    large = {"shape": (64, 64, 3), "examples": 200_000}  # 250,000 x 12,288 bytes = 3.1e9
+    for synthetic, size, streams in (
+        ({}, 0, False),
+        ({}, 40, False),
+        (large, 0, True),
+        ({"vary": 0.2}, 32, True),
+    ):
+        config = settings(name="synthetic", image_size=size, synthetic=synthetic)
+        assert data._streams(data._synthetic(config), config) is streams
 
 
 def test_positions_beyond_int32_are_refused():

@@ -1,10 +1,11 @@
 """Sets of TensorFlow Datasets: reading, the cache of decoded arrays, preparing, and refusals.
 
-Sets are written here in TFDS's own layout (ArrayRecord files and two JSON files), so that most tests need
-neither a prepared copy nor a network.
+Sets are written here in TFDS's own layout (ArrayRecord files and two JSON files), so that most
+tests need neither a prepared copy nor a network.
 """
 
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -21,11 +22,6 @@ from bnresearch import data
 from bnresearch.data import base, cache, tfds
 from bnresearch.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings(
-    # protobuf's C code and TFDS's optional imports, not ours.
-    "ignore:.*:DeprecationWarning:(google|tensorflow_datasets|tensorflow_metadata|etils).*",
-)
-
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
@@ -39,7 +35,7 @@ def settings(**changes):
 
 
 def pictures(count, shape, classes, seed=0):
-    """Smooth pictures (JPEG keeps them almost) with sizes that vary unless ``shape`` is complete."""
+    """Smooth pictures (JPEG keeps them almost); sizes vary where ``shape`` has none."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         height, width = (n or int(rng.integers(40, 90)) for n in shape[:2])
@@ -56,21 +52,12 @@ def encoded(image, form):
 
 def write_set(name, version, shape, classes, splits, form="PNG", labels=True):
     """A prepared set as TFDS leaves it; ``splits``: name -> pictures and labels."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
     folder = Path(os.environ["TFDS_DATA_DIR"]) / name / version
     folder.mkdir(parents=True)
     described = []
     for split, examples in splits.items():
         path = folder / f"{name}-{split}.array_record-00000-of-00001"
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for image, label in examples:
-            example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(encoded(image, form))
-            example.features.feature["label"].int64_list.value.append(label)
-            writer.write(example.SerializeToString())
-        writer.close()
+        write_records(path, [(encoded(image, form), label) for image, label in examples])
         template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         lengths, size = [str(len(examples))], str(path.stat().st_size)
         described.append(
@@ -80,6 +67,19 @@ def write_set(name, version, shape, classes, splits, form="PNG", labels=True):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     (folder / "features.json").write_text(json.dumps(features(shape, classes, labels)))
     return folder
+
+
+def write_records(path, examples):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for picture, label in examples:
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(picture)
+        example.features.feature["label"].int64_list.value.append(label)
+        writer.write(example.SerializeToString())
+    writer.close()
 
 
 def features(shape, classes, labels=True):
@@ -187,6 +187,18 @@ def test_a_failed_decode_leaves_nothing(monkeypatch, folders):
             data.load(settings(name="tiny", batch_size=8))
     assert list((folders / "cache" / "data").iterdir()) == []
     assert data.load(settings(name="tiny", batch_size=8)).info.examples["test"] == 10
+
+
+def test_a_damaged_picture_is_named_as_such(folders, capsys):
+    picture = np.zeros((6, 6, 3), np.uint8)
+    write_set("broken", "1.0.0", (6, 6, 3), 2, {"train": [(picture, 0)] * 9}, form="PNG")
+    (path,) = (folders / "tfds" / "broken" / "1.0.0").glob("*train*")
+    # Written again with the last picture cut off.
+    write_records(path, [(encoded(picture, "PNG"), 0)] * 8 + [(b"no picture", 1)])
+    with pytest.raises(UserError, match="picture of broken cannot be decoded"):
+        data.load(settings(name="broken", batch_size=2))
+    assert capsys.readouterr().err == ""
+    assert list((folders / "cache" / "data").iterdir()) == []
 
 
 def test_two_at_once_decode_both_and_share_one_copy(folders):
@@ -308,7 +320,7 @@ def homemade():
 
     class HomemadeShapes(module.core.GeneratorBasedBuilder):
         VERSION = module.core.Version("1.0.0")
-        fails = False
+        fails = arrays = False
 
         def _info(self):
             return module.core.DatasetInfo(
@@ -328,7 +340,9 @@ def homemade():
             for key, (image, label) in enumerate(pictures(20, (6, 6, 3), 4)):
                 if self.fails and key == 10:
                     raise OSError("the disk is full")
-                yield key, {"image": image, "label": label}
+                # TFDS encodes arrays with TensorFlow, and takes files as they are.
+                picture = image if self.arrays else io.BytesIO(encoded(image, "PNG"))
+                yield key, {"image": picture, "label": label}
 
     yield HomemadeShapes
     module.core.registered._DATASET_REGISTRY.pop("homemade_shapes")
@@ -351,11 +365,19 @@ def test_failing_to_prepare_leaves_nothing(homemade, folders):
     assert list(folders.iterdir()) == []
 
 
-needs_sets = pytest.mark.skipif(
-    not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "cifar10").is_dir(),
-    reason="TFDS_DATA_DIR has no prepared cifar10",
-)
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow"), reason="TensorFlow is installed")
+def test_a_set_that_needs_tensorflow_says_so(homemade, folders):
+    homemade.arrays = True
+    with pytest.raises(UserError, match=r"needs TensorFlow, .*pip install 'bnresearch\[tfds\]'"):
+        data.load(settings(name="homemade_shapes", batch_size=4))
+    assert list(folders.iterdir()) == []
+
+
 PREPARED = os.environ.get("TFDS_DATA_DIR", "")
+needs_sets = pytest.mark.skipif(
+    not all((Path(PREPARED) / name).is_dir() for name in ("cifar10", "fashion_mnist", "mnist")),
+    reason="TFDS_DATA_DIR has no prepared cifar10, fashion_mnist and mnist",
+)
 
 
 @needs_sets
@@ -368,7 +390,9 @@ def test_cifar10_is_cifar10(monkeypatch):
     assert (source.shape, source.num_classes) == ((32, 32, 3), 10)
     assert source.lengths == {"train": 50000, "test": 10000}
     index = range(0, 50000, 500)
-    theirs = module.data_source("cifar10", split="train", data_dir=PREPARED).__getitems__(list(index))
+    theirs = module.data_source("cifar10", split="train", data_dir=PREPARED).__getitems__(
+        list(index)
+    )
     for (image, label), example in zip(source.read("train", index), theirs, strict=True):
         np.testing.assert_array_equal(image, example["image"])
         assert label == example["label"]
@@ -382,8 +406,6 @@ def test_mnist_in_memory(monkeypatch):
     assert dataset.info.examples == {"train": 50000, "validation": 10000, "test": 10000}
     # The published counts of the test digits and the well-known mean of the training pictures.
     counts = np.bincount(raw(dataset, "test")[1])
-    np.testing.assert_array_equal(
-        counts, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    )
+    np.testing.assert_array_equal(counts, [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009])
     assert dataset.info.mean[0] / 255 == pytest.approx(0.1307, abs=5e-4)
     assert dataset.info.std[0] / 255 == pytest.approx(0.3081, abs=5e-4)

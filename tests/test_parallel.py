@@ -145,7 +145,7 @@ def numpy_five_steps(groups, steps=5):
         grads = numpy_mlp_gradient(p, r, x, np.asarray(batch["label"]), groups)
         rate = config.optim.learning_rate * float(experiment.program.schedule(step))
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
-        p = jax.tree.map(lambda a, v: a - rate * v, p, velocity)
+        p = jax.tree.map(lambda a, v, rate=rate: a - rate * v, p, velocity)
     return p, r
 
 
@@ -232,7 +232,7 @@ class WrongGradient(ShardMapLayout):
 
 @pytest.mark.parametrize("wrong", [WrongLoss, WrongGradient])
 def test_mixed_up_conventions_are_silent_and_far_off(wrong, monkeypatch):
-    """The two negative controls: no error, and parameters that are off by far more than rounding."""
+    """Both negative controls: no error, and parameters off by far more than rounding."""
     monkeypatch.setitem(MODES, "shard_map", wrong)
     monkeypatch.setattr(experiment_module, "_PROGRAMS", {})
     state = trained(digits_config("shard_map", "global"))

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "augment": "none",  # none | crop | crop_flip; in memory: shifted, streams: random-resized crop
     "pad": 4,  # pixels of black around in-memory images before a crop of the old size is taken
     "image_size": 0,  # height and width that the model sees; 0: as stored
-    "in_memory": "auto",  # yes | no (stream) | auto: yes if small, of one shape and not resized
+    "in_memory": "auto",  # yes | no (stream) | auto: yes where pictures have one shape and fit
     "workers": -1,  # processes that read and decode a stream; -1: one per CPU core, 0: none
     "synthetic": {  # only for the dataset "synthetic"
         "shape": (32, 32, 3),  # height, width, channels
@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
         "vary": 0.0,  # sizes vary by up to this part of the shape, as photographs do
     },
 }
+
 
 AUGMENTS = ("none", "crop", "crop_flip")
 IN_MEMORY = ("auto", "yes", "no")
@@ -91,19 +92,21 @@ def _streams(source: Source, config: Mapping[str, Any]) -> bool:
     if config["in_memory"] != "auto":
         return config["in_memory"] == "no"
     height, width, channels = source.shape
-    size = config["image_size"]
-    if height is None or width is None or (size and (height, width) != (size, size)):
+    if height is None or width is None:
         return True
-    return sum(source.lengths.values()) * height * width * channels > IN_MEMORY_BYTES
+    pixels = config["image_size"] ** 2 or height * width
+    return sum(source.lengths.values()) * pixels * channels > IN_MEMORY_BYTES
 
 
 def _digits(config: Mapping[str, Any]) -> Source:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, embedded."""
     from bnresearch.data.digits import Digits
 
     return Digits()
 
 
 def _synthetic(config: Mapping[str, Any]) -> Source:
+    """Made-up pictures of any shape, size and number of classes."""
     from bnresearch.data.synthetic import Synthetic
 
     return Synthetic(seed=config["split_seed"], **config["synthetic"])
@@ -120,3 +123,12 @@ DATASETS = {
     "digits": _digits,
     "synthetic": _synthetic,
 }
+
+
+def describe() -> list[tuple[str, str]]:
+    """Names with a line each: those of DATASETS, and the TFDS sets that lie prepared here."""
+    from bnresearch.data.tfds import prepared_names
+
+    rows = [(name, (opener.__doc__ or "").strip()) for name, opener in DATASETS.items()]
+    rows += [(name, "TensorFlow Datasets, prepared on this machine") for name in prepared_names()]
+    return [*rows, ("any other name", "TensorFlow Datasets: downloaded and prepared at first use")]

@@ -48,8 +48,7 @@ def cache_folder() -> Path:
 
 
 def decoded(source: Source, size: int = 0) -> dict[str, Arrays]:
-    """All stored splits of ``source`` as arrays, images resized to ``size`` x ``size`` unless it is
-    0.
+    """All stored splits of ``source`` as arrays, resized to ``size`` x ``size`` unless it is 0.
 
     Without a writable cache folder everything is decoded into memory, with a line on stderr that
     says so.
@@ -142,7 +141,12 @@ def _empty(folder: Path | None, split: str, field: str, shape: tuple, dtype: typ
     if folder is None:
         return np.empty(shape, dtype)
     path = _path(folder, split, field)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # The file is a hole so far: on a full disk, writing to the map would kill the process.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _copy(source: Source, split: str, chunk: range, size: int, arrays: Arrays) -> None:

@@ -1,5 +1,4 @@
-"""Sets that fit: on the device from the first step on, augmented and normalised inside the compiled
-step."""
+"""Sets that fit: on the device all the time, augmented and normalised inside the compiled step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,7 @@ from bnresearch.data.base import DataInfo, Part, Source, check_batch, divide, no
 from bnresearch.data.cache import Arrays, decoded
 from bnresearch.errors import UserError, lookup
 
-# The run's key is split by purpose, so that order, augmentation and what the loop draws stay
-# independent.
+# The run's key is split by purpose: order, augmentation and what the loop draws stay independent.
 ORDER, AUGMENT = 0x0DE5, 0xA06
 
 
@@ -30,7 +28,7 @@ class InMemory:
 
     def __init__(self, source: Source, config: Mapping[str, Any]):
         size = config["image_size"]
-        _check_shape(source, size)
+        _check_pad(source.name, _shape(source, size), config)
         self._batch, self._eval_batch = config["batch_size"], config["eval_batch_size"]
         self._augment, self._pad = config["augment"], config["pad"]
         self._parts = divide(source.lengths, config["validation_fraction"], config["split_seed"])
@@ -39,17 +37,16 @@ class InMemory:
         _check_int32(self._batch, self._count)
         self._stored = decoded(source, size)
         self.info = _info(source, self._stored, self._parts)
-        _check_pad(config["augment"], config["pad"], self.info)
         span = self.max_steps_per_feed * self._batch
         self._epochs = (span + self._count - 2) // self._count + 1
         self._resident: dict[str, dict[str, jax.Array]] = {}
         self._order: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def feed(self, seed: int, step: int, steps: int = 1) -> dict[str, jax.Array]:
-        """{"image": uint8 [N, H, W, C], "label": int32 [N], "order": int32 [K, N], "epoch": int32
-        []}.
+        """The whole training part and the order of the epochs around ``step``.
 
-        The first two are the same arrays at every call. Row k of ``order`` is the order of epoch
+        {"image": uint8 [N, H, W, C], "label": int32 [N], "order": int32 [K, N], "epoch": int32 []};
+        the first two are the same arrays at every call. Row k of ``order`` is the order of epoch
         ``epoch + k``; K is fixed by max_steps_per_feed, the most steps that one feed may serve.
         """
         if steps > self.max_steps_per_feed:
@@ -77,16 +74,20 @@ class InMemory:
         return -(-len(part.indices) // self._eval_batch)
 
     def eval_feed(self, split: str, step: int = 0) -> dict[str, jax.Array]:
-        """{"image": uint8 [n, H, W, C], "label": int32 [n]}: the whole part, the same arrays at
-        every step."""
+        """The whole part, the same arrays at every step.
+
+        {"image": uint8 [n, H, W, C], "label": int32 [n]}.
+        """
         return self._arrays(split)
 
     def eval_batch(
         self, feed: dict[str, jax.Array], step: Any, rows: jax.Array
     ) -> dict[str, jax.Array]:
-        """See ``base.Dataset``; padding repeats the last example, masked."""
+        """See ``base.Dataset``; padding begins the part again, masked."""
         index, last = step * self._eval_batch + rows, len(feed["label"]) - 1
-        inside = jnp.minimum(index, last)
+        # Real examples, not black ones or copies of one: a norm that uses the statistics of the
+        # evaluation batch sees them.
+        inside = index % len(feed["label"])
         image = normalise(feed["image"][inside], self.info)
         return {"image": image, "label": feed["label"][inside], "mask": index <= last}
 
@@ -132,8 +133,10 @@ def _permutations(seed: jax.Array, first: jax.Array, epochs: int, count: int) ->
 def draw(
     key: jax.Array, rows: jax.Array, pad: int, flip: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Shifts in -pad..pad (int32 [b], down and right) and mirrorings (bool [b]), one per row from
-    its own key."""
+    """Shifts in -pad..pad (int32 [b], down and right) and mirrorings (bool [b]).
+
+    Every row draws from its own key, whichever rows are drawn together.
+    """
     bits = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (3,)))(rows)
     # The remainder favours small values by less than one in 2**32 / (2 pad + 1).
     down, right = ((bits[:, i] % (2 * pad + 1)).astype(jnp.int32) - pad for i in (0, 1))
@@ -168,8 +171,7 @@ def _info(source: Source, stored: dict[str, Arrays], parts: dict[str, Part]) -> 
 
 
 def _moments(sums: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel from exact integer sums: no rounding before the last
-    step."""
+    """Mean and standard deviation per channel, exact up to the last division: sums are integers."""
     count = len(sums) * pixels
     mean, std = [], []
     for total, squares in sums.sum(0).T.tolist():
@@ -179,20 +181,23 @@ def _moments(sums: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[fl
     return tuple(mean), tuple(std)
 
 
-def _check_shape(source: Source, size: int) -> None:
-    if not size and None in source.shape:
+def _shape(source: Source, size: int) -> tuple[int, int]:
+    height, width, _ = source.shape
+    if size:
+        return size, size
+    if height is None or width is None:
         raise UserError(
             f"the images of {source.name} differ in size; set data.image_size to the height and "
             "width that the model sees"
         )
+    return height, width
 
 
-def _check_pad(augment: str, pad: int, info: DataInfo) -> None:
-    if augment != "none" and pad >= min(info.shape[:2]):
-        height, width = info.shape[:2]
+def _check_pad(name: str, shape: tuple[int, int], config: Mapping[str, Any]) -> None:
+    if config["augment"] != "none" and config["pad"] >= min(shape):
         raise UserError(
-            f"data.pad is {pad}, but the images of {info.name} are {height}x{width}: a crop could "
-            "miss them; choose a smaller pad"
+            f"data.pad is {config['pad']}, but the images of {name} are {shape[0]}x{shape[1]}: a "
+            "crop could miss them; choose a smaller pad"
         )
 
 

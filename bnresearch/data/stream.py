@@ -132,20 +132,17 @@ class TrainView:
 
 
 class EvalView:
-    """Position in a split -> {"image", "label", "mask"}; black and masked behind the end."""
+    """Position in a split -> {"image", "label", "mask"}; behind the end it begins again, masked."""
 
     def __init__(self, source: Source, part: Part, size: int):
         self._source, self._part, self._size = source, part, size
 
     def __call__(self, position: int) -> dict[str, Any]:
-        inside = position < len(self._part.indices)
-        if not inside:
-            image, label = np.zeros((self._size, self._size, self._source.shape[2]), np.uint8), 0
-        else:
-            index = self._part.indices[position]
-            ((image, label),) = self._source.read(self._part.stored, [index])
-            image = centre_view(image, self._size, round(SHORTER * self._size))
-        return {"image": image, "label": np.int32(label), "mask": np.bool_(inside)}
+        count = len(self._part.indices)
+        index = self._part.indices[position % count]
+        ((image, label),) = self._source.read(self._part.stored, [index])
+        image = centre_view(image, self._size, round(SHORTER * self._size))
+        return {"image": image, "label": np.int32(label), "mask": np.bool_(position < count)}
 
 
 class _Reader:

@@ -49,12 +49,20 @@ class TfdsSource:
     def read(self, split: str, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
         """See ``base.Source.read``."""
         records = self._records[split].__getitems__([int(i) for i in indices])
-        channels = self.shape[2]
-        return [(decode(record["image"], channels), int(record["label"])) for record in records]
+        return [(self._decode(record["image"]), int(record["label"])) for record in records]
+
+    def _decode(self, picture: bytes) -> np.ndarray:
+        try:
+            return decode(picture, self.shape[2])
+        except OSError as error:
+            raise UserError(
+                f"a picture of {self.name} cannot be decoded ({error}): the prepared copy is "
+                "damaged; prepare the set again"
+            ) from error
 
 
 def open_source(name: str, known: Iterable[str] = ()) -> TfdsSource:
-    """The set ``name``, prepared now if it has to be; names in ``known`` are suggested besides TFDS's.
+    """The set ``name``, prepared now if it has to be; ``known`` are more names to suggest.
 
     Raises UserError for an unknown name, for a set that is not one of pictures with one label each,
     and where there is no copy and none can be made.
@@ -73,6 +81,16 @@ def open_source(name: str, known: Iterable[str] = ()) -> TfdsSource:
 def data_dir() -> Path:
     """Where prepared sets are, by TFDS's own rule."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def prepared_names() -> list[str]:
+    """What looks prepared in ``data_dir``: name, or name/config, of each folder with a version."""
+    found = {
+        str(info.parent.parent.relative_to(data_dir()))
+        for depth in ("*/*", "*/*/*")
+        for info in data_dir().glob(f"{depth}/dataset_info.json")
+    }
+    return sorted(found)
 
 
 def _prepared(name: str) -> Any:
@@ -111,12 +129,14 @@ def _by_code(name: str, known: Iterable[str]) -> Any:
         ) from error
     # An unknown config, a version that is gone, a builder that needs TensorFlow, ...
     except Exception as error:
-        raise UserError(f"dataset {name!r} cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"dataset {name!r} cannot be opened: {_why(error)}") from error
 
 
 def _stored_splits(builder: Any) -> dict[str, str]:
-    """TFDS's names for "train" and "test"; a challenge's validation set is the test where test
-    labels are hidden."""
+    """TFDS's names for "train" and "test".
+
+    Where there is no test split or its labels are hidden, as in challenges, validation is the test.
+    """
     names = builder.info.splits
     if "train" not in names:
         found = ", ".join(sorted(names))
@@ -170,7 +190,7 @@ def _check_can_prepare(builder: Any, name: str) -> None:
             raise _absent(builder, name, f"has to be downloaded by hand into {manual}: {text}")
         return
     try:
-        urls = list(builder.url_infos)
+        urls = list(builder.url_infos or ())
     except ImportError as error:
         raise _absent(builder, name, f"cannot be prepared here: {error}") from error
     if urls and (reason := _unreachable(urls[0])):
@@ -182,8 +202,7 @@ def _unreachable(url: str) -> str:
     if not url.startswith("http"):
         return ""
     result = [f"{url} did not answer within {PROBE_SECONDS} s"]
-    # In a thread, because looking up a name without network can take longer than any timeout set
-    # here.
+    # In a thread: looking up a name without network can take longer than any timeout set here.
     thread = threading.Thread(target=lambda: result.append(_probe(url)), daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -201,8 +220,7 @@ def _probe(url: str) -> str:
 
 
 def _prepare(builder: Any, name: str) -> None:
-    """Downloads and prepares in a hidden folder beside the prepared sets and moves the result in
-    place.
+    """Downloads and prepares in a hidden folder beside the prepared sets, and moves the result.
 
     Nothing is left of an attempt that fails.
     """
@@ -212,14 +230,13 @@ def _prepare(builder: Any, name: str) -> None:
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     except OSError as error:
-        raise _absent(
-            builder, name, f"cannot be prepared, as {root} is not writable ({error})"
-        ) from error
+        reason = f"cannot be prepared, as {root} is not writable ({error})"
+        raise _absent(builder, name, reason) from error
     try:
         _download(name, temporary, root)
         _move(temporary, root, target.relative_to(root))
     except Exception as error:  # whatever the set's own code raises: it comes from many hands
-        raise _absent(builder, name, f"cannot be prepared: {_first_line(error)}") from error
+        raise _absent(builder, name, f"cannot be prepared: {_why(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if made:
@@ -240,8 +257,11 @@ def _move(temporary: Path, root: Path, relative: Path) -> None:
     """Renames the topmost folder of ``relative`` that ``root`` lacks, so that it appears whole."""
     for path in [*reversed(relative.parents), relative]:
         if not (root / path).exists():
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            try:
                 (temporary / path).rename(root / path)
+            except OSError:
+                if not (root / path).exists():  # else another process was faster
+                    raise
             return
 
 
@@ -254,6 +274,16 @@ def _absent(builder: Any, name: str, reason: str) -> UserError:
     )
 
 
+def _why(error: BaseException) -> str:
+    """The reason in one line; builders that need TensorFlow bury that in a chain of errors."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, ModuleNotFoundError) and link.name == "tensorflow":
+            return "preparing it needs TensorFlow, which is not installed"
+        link = link.__cause__ or link.__context__
+    return _first_line(error)
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -261,8 +291,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's warnings about folders that are not there: what matters becomes a
-    UserError."""
+    """Without TFDS's warnings about folders that are not there: what matters is a UserError."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

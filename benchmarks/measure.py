@@ -1,0 +1,84 @@
+"""Timing in turn, robust summaries, and what the machine is."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of n values."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    def text(self, factor: float = 1.0, digits: int = 2) -> str:
+        median, low, high = (f"{factor * x:.{digits}f}" for x in self[:3])
+        return f"{median} ({low} to {high})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high, len(values))
+
+
+def in_turn(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, called ``repeats`` times in turn, after one untimed call each.
+
+    Every other round goes backwards, so that a drift of the machine favours nobody.
+    """
+    for function in work.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for i in range(repeats):
+        for name in list(work)[:: -1 if i % 2 else 1]:
+            start = time.perf_counter()
+            work[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """The spread of ours / theirs within each round."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def machine() -> dict[str, Any]:
+    """Device, processor and versions; no names of hosts, no paths."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write(part: str, result: Mapping[str, Any], quick: bool) -> Path:
+    """The result of a part as benchmarks/results/<part>.json; quick ones are kept apart."""
+    path = RESULTS / f"{part}{'-quick' if quick else ''}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"part": part, **machine(), **result}, indent=2) + "\n")
+    return path
