@@ -70,10 +70,10 @@ def make_step(
     batch: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
     """One step on ``batch`` examples of a set that lives on the device: {"image": uint8
-    [N, H, W, C], "label": int32 [N], "order": int32 [n]}."""
+    [N, H, W, C], "label": int32 [N], "order": int32 [n], "first": the step that starts it}."""
 
     def step(state: TrainState, data: Mapping[str, jax.Array]) -> TrainState:
-        start = state.step * batch % (len(data["order"]) - batch)
+        start = (state.step - data["first"]) * batch
         index = jax.lax.dynamic_slice(data["order"], (start,), (batch,))
         image = (data["image"][index].astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
         label = data["label"][index]
@@ -88,6 +88,13 @@ def make_step(
         return state.apply_gradients(grads=gradient, batch_stats=stats, loss=state.loss + loss)
 
     return step
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def shuffled(seed: int, epochs: int, count: int) -> jax.Array:
+    """As many random orders of ``range(count)``, one behind the other."""
+    keys = jax.random.split(jax.random.key(seed), epochs)
+    return jax.vmap(lambda key: jax.random.permutation(key, count))(keys).reshape(-1)
 
 
 def dispatched(step: Callable) -> Callable[[TrainState, Any, int], TrainState]:

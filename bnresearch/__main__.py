@@ -48,7 +48,8 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
 
     for flag in ("config", "workdir"):
         _require(values, flag)
-    result = train.run(values.config, values.workdir, show=values.progress, command=sys.argv)
+    command = ["python", "-m", "bnresearch", *sys.argv[1:]]
+    result = train.run(values.config, values.workdir, show=values.progress, command=command)
     print(json.dumps(finite({"workdir": values.workdir, **result})))
 
 
@@ -234,6 +235,13 @@ def main() -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
         return 75
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 75
+    except BrokenPipeError:
+        # Somebody reads the first lines only (| head); python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

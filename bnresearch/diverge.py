@@ -7,39 +7,52 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bnresearch.experiment import Experiment
-from bnresearch.state import DROPOUT, State, stream
-from bnresearch.step import build_model
+from bnresearch.experiment import Experiment, train_feed
+from bnresearch.state import State
+from bnresearch.step import build_model, dropout_key, microbatch
 
 
 def explain(experiment: Experiment, state: State) -> str:
-    """Run the refused batch once more and name the first site, in order of execution, whose input
+    """Run the refused step once more and name the first site, in order of execution, whose input
     has a mean or variance that is not finite."""
-    for site, moments in site_moments(experiment, jax.device_get(state)).items():
+    for site, moments in site_moments(experiment, state):
         if not np.isfinite([moments["mean"], moments["var"]]).all():
             return f"the statistics of site {site} are not finite"
     return "the statistics of all sites are finite, but the loss or its gradient is not"
 
 
-def site_moments(experiment: Experiment, state: State) -> dict[str, dict[str, Any]]:
-    """Mean and variance of the input of every site on the next batch, in order of execution.
+def site_moments(experiment: Experiment, state: State) -> list[tuple[str, dict[str, Any]]]:
+    """Mean, variance and count of the input of every site in the next step, in order of execution,
+    microbatch by microbatch: on the same devices, with the same batch, scope and dropout masks."""
+    config, layout = experiment.config, experiment.program.layout
+    dataset, order = experiment.program.dataset, []
 
-    The model is not compiled here: a compiled one returns its dicts sorted by name.
-    """
-    config, dataset = experiment.config, experiment.program.dataset
-    step = int(state.step)
-    feed = dataset.feed(experiment.seed, step, 1)
-    rows = jnp.arange(config.data.batch_size)
-    batch = dataset.train_batch(feed, experiment.numbers["seed"], jnp.int32(step), rows)
-    model = build_model(config, dataset.info.num_classes, use="batch", numbers=experiment.numbers)
-    _, seen = model.apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        batch["image"],
-        train=True,
-        rngs={"dropout": jax.random.fold_in(stream(experiment.seed, DROPOUT), step)},
-        mutable=["moments", "batch_stats"],
-    )
-    sites: dict[str, dict[str, Any]] = {}
-    for path, value in flatten_dict(seen["moments"]).items():
-        sites.setdefault("/".join(path[:-1]), {})[path[-1]] = value
+    def forward(state: State, feed: Any, numbers: Any, count: Any) -> list[Any]:
+        classes = dataset.info.num_classes
+        model = build_model(config, classes, use="batch", numbers=numbers, scope=layout.scope)
+        found = []
+        for index in range(layout.accumulate):
+            place = jnp.int32(index)
+            batch = microbatch(dataset, layout, state.step, feed, numbers, place)
+            _, seen = model.apply(
+                {"params": state.params, "batch_stats": state.batch_stats},
+                layout.constrain(batch)["image"],
+                train=True,
+                rngs={"dropout": dropout_key(layout, numbers, state.step, place)},
+                mutable=["moments", "batch_stats"],
+            )
+            found.append(seen["moments"])
+            # While tracing, the dicts are in the order of execution; jax returns them sorted.
+            order.append(list(dict.fromkeys(path[:-1] for path in flatten_dict(seen["moments"]))))
+        return found
+
+    compiled = layout.compile(forward, sharded_feed=dataset.sharded_feed, donate=False)
+    feed = train_feed(experiment, int(state.step), 1)
+    result = compiled(layout.put(state), feed, experiment.numbers, jnp.int32(1))
+    sites = []
+    for paths, moments in zip(order, jax.device_get(layout.get(result)), strict=True):
+        flat = flatten_dict(moments)
+        for path in paths:
+            values = {name: flat[*path, name] for name in ("mean", "var", "count")}
+            sites.append(("/".join(path), values))
     return sites

@@ -130,10 +130,13 @@ class Layout:
         return tree
 
     # What the loop calls.
-    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
-        """Compile ``step(state, feed, numbers, count) -> state`` for all devices.
+    def compile(
+        self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
+    ) -> Callable[..., Any]:
+        """Compile ``step(state, feed, numbers, count) -> tree`` for all devices.
 
-        The feed is a batch from ``put_batch`` if ``sharded_feed``, else a tree from ``put``.
+        The feed is a batch from ``put_batch`` if ``sharded_feed``, else a tree from ``put``. The
+        result is the same on every device. ``donate`` gives the state's memory to the result.
         """
         raise NotImplementedError
 
@@ -178,8 +181,11 @@ class JitLayout(Layout):
         sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
         return jax.lax.with_sharding_constraint(batch, sharding)
 
-    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
-        return jax.jit(step, donate_argnums=0, out_shardings=self.replicated())
+    def compile(
+        self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
+    ) -> Callable[..., Any]:
+        donated = (0,) if donate else ()
+        return jax.jit(step, donate_argnums=donated, out_shardings=self.replicated())
 
 
 class ShardMapLayout(Layout):
@@ -194,7 +200,9 @@ class ShardMapLayout(Layout):
     def mean_loss(self, loss: jax.Array) -> jax.Array:
         return jax.lax.pmean(loss, AXES)
 
-    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+    def compile(
+        self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
+    ) -> Callable[..., Any]:
         everywhere = PartitionSpec()
         feed = PartitionSpec(None, AXES) if sharded_feed else everywhere
         mapped = jax.shard_map(
@@ -203,7 +211,7 @@ class ShardMapLayout(Layout):
             in_specs=(everywhere, feed, everywhere, everywhere),
             out_specs=everywhere,
         )
-        return jax.jit(mapped, donate_argnums=0)
+        return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
 
 class PmapLayout(Layout):
@@ -229,13 +237,15 @@ class PmapLayout(Layout):
             Mesh(self.mesh.devices.reshape(-1), PMAP_AXIS), PartitionSpec(PMAP_AXIS)
         )
 
-    def compile(self, step: Callable[..., Any], *, sharded_feed: bool) -> Callable[..., Any]:
+    def compile(
+        self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
+    ) -> Callable[..., Any]:
         return jax.pmap(
             step,
             axis_name=PMAP_AXIS,
             devices=list(self.mesh.devices.flat),
             in_axes=(0, 0, None, None),
-            donate_argnums=0,
+            donate_argnums=(0,) if donate else (),
         )
 
     def put(self, tree: Any) -> Any:

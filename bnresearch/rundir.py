@@ -252,7 +252,7 @@ def _check_usable(path: Path) -> None:
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Refuses a folder that holds anything but this run."""
-    if not (path / "config.json").exists():
+    if not os.path.exists(path / "config.json"):  # Path.exists raises for names that are too long
         _check_empty(path)
         return
     # Both with NaN as a string, or it would differ from itself.

@@ -21,6 +21,8 @@ from bnresearch.tasks import TASKS
 Tree = Any
 Numbers = Mapping[str, Any]
 
+MOST_UNROLLED = 8
+
 
 def build_model(
     config: ConfigDict,
@@ -71,7 +73,9 @@ def make_gradients(
     task = TASKS[config.task.name]
     count = layout.accumulate
     exact = config.train.accumulate_statistics == "batch" and NORMS[config.norm.kind].running
-    unroll = layout.mesh.devices.flat[0].platform == "cpu"  # convolutions in a loop are slow there
+    # Convolutions in a loop are slow on CPU; unrolling many microbatches takes for ever to compile.
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    unroll = on_cpu and not MODELS[config.model.name].dense and count <= MOST_UNROLLED
     collection = "moments" if count > 1 else "batch_stats"
 
     def gradients(state: State, feed: Tree, numbers: Numbers) -> tuple[jax.Array, Tree, Tree]:
@@ -131,7 +135,8 @@ def make_train_step(
     config: ConfigDict, dataset: Any, layout: Layout, schedule: optim.Schedule
 ) -> Callable[[State, Tree, Numbers], State]:
     """One optimizer step. A step whose loss, gradient or statistics are not finite changes nothing
-    but ``meter["bad"]``: parameters, running statistics and the step count stay as they were."""
+    but ``meter["bad"]``: parameters, running statistics and the step count stay as they were, also
+    in all later steps, until somebody looks."""
     gradients = make_gradients(config, dataset, layout)
 
     def train_step(state: State, feed: Tree, numbers: Numbers) -> State:
@@ -148,8 +153,10 @@ def make_train_step(
             meter=add_to_meter(state.meter, loss, gradient_norm),
         )
         checksum = loss + gradient_norm + sum(x.sum() for x in jax.tree.leaves(batch_stats))
+        # Steps may be dispatched before anybody has seen that an earlier one was refused.
+        good = jnp.isfinite(checksum) & ~state.meter["bad"]
         bad = state.replace(meter=state.meter | {"bad": jnp.ones((), jnp.bool_)})
-        return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(checksum), a, b), new, bad)
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, bad)
 
     return train_step
 

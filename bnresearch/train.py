@@ -26,7 +26,7 @@ from bnresearch.experiment import (
     train_feed,
 )
 from bnresearch.metrics import Metrics, progress
-from bnresearch.rundir import RunFolder, open_run, read_result
+from bnresearch.rundir import RunFolder, open_run, read_result, read_status
 from bnresearch.state import State, empty_meter
 
 HEARTBEAT_SECONDS = 15.0
@@ -58,10 +58,15 @@ def run(
     enable_compilation_cache()
     experiment = prepare(config)
     try:
-        with open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder:
+        with (
+            open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder,
+            stop_requests() as stop,
+        ):
             result = read_result(workdir)
             if result is None:
-                result = _run(experiment, folder, show)
+                result = _run(experiment, folder, show, stop)
+            if (read_status(workdir) or {}).get("status") != result["status"]:
+                folder.set_status(result["status"], result["step"], result.get("message"))
             if result["status"] == "diverged":
                 raise Diverged(result["step"], result["message"])
             return result
@@ -77,7 +82,9 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _run(experiment: Experiment, folder: RunFolder, show: str) -> dict[str, Any]:
+def _run(
+    experiment: Experiment, folder: RunFolder, show: str, stop: threading.Event
+) -> dict[str, Any]:
     """Train with the run's books kept: status, checkpoints, metrics, result."""
     started = time.monotonic()
     with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
@@ -87,7 +94,7 @@ def _run(experiment: Experiment, folder: RunFolder, show: str) -> dict[str, Any]
         with Metrics(folder.path, step) as metrics, _progress(show) as bar:
             loop = Loop(experiment, folder, checkpoints, metrics, bar)
             try:
-                result = loop.finish(loop.train(state))
+                result = loop.finish(loop.train(state, stop))
             except Diverged as error:
                 result = {"status": "diverged", "step": error.step, "message": error.reason}
             except Stopped as error:
@@ -98,7 +105,6 @@ def _run(experiment: Experiment, folder: RunFolder, show: str) -> dict[str, Any]
                 raise
     result = {"schema": 1, **result, "seconds": round(time.monotonic() - started, 3)}
     folder.write_result(result)
-    folder.set_status(result["status"], result["step"], result.get("message"))
     return result
 
 
@@ -133,25 +139,26 @@ class Loop:
         self.timer = self.beat = time.monotonic()
         self.step = 0
         self.timed_from: int | None = None
+        self.latest: dict[str, dict[str, float]] = {}
         self.shown: tuple[float | None, float | None] = (None, None)
 
-    def train(self, state: State) -> State:
-        """From ``state`` to the last step."""
+    def train(self, state: State, stop: threading.Event) -> State:
+        """From ``state`` to the last step, or until ``stop`` is set."""
         self.step = int(state.step)
         self.bar.start(self.step, self.total, self.folder.path.name)
-        with stop_requests() as stop:
-            while self.step < self.total:
-                state = self._advance(state, stop)
+        while self.step < self.total:
+            boundary = self.step + min(n - self.step % n for n in self.every.values())
+            boundary = min(boundary, self.total)
+            state = self._advance(state, boundary, stop)
+            if self.step == boundary:
                 state = self._at_boundary(state, self.step)
-                if stop.is_set() and self.step < self.total:
-                    self.checkpoints.save(self.step, state)
-                    raise Stopped(self.step)
+            if stop.is_set() and self.step < self.total:
+                self.checkpoints.save(self.step, state)
+                raise Stopped(self.step)
         return state
 
-    def _advance(self, state: State, stop: threading.Event) -> State:
-        """Train up to where something is due, or until somebody asks to stop."""
-        step = self.step
-        boundary = min(self.total, *(step - step % n + n for n in self.every.values()))
+    def _advance(self, state: State, boundary: int, stop: threading.Event) -> State:
+        """Train up to ``boundary``, where something is due, or until somebody asks to stop."""
         carry = self.program.layout.put(state)
         while self.step < boundary and not stop.is_set():
             count = min(self.program.chunk, boundary - self.step)
@@ -161,8 +168,7 @@ class Loop:
             self._tick(carry)
         state = self.program.layout.get(carry)
         if bool(state.meter["bad"]):
-            refused = int(state.step)
-            raise Diverged(refused, diverge.explain(self.experiment, state))
+            raise Diverged(int(state.step), diverge.explain(self.experiment, state))
         return state
 
     def _at_boundary(self, state: State, step: int) -> State:
@@ -170,8 +176,10 @@ class Loop:
         if "log" in due:
             state = self._log(state, step)
         if "eval" in due:
-            self._write(step, "validation", self.evaluate(state, "validation"))
-            self.timer, self.timed_from = time.monotonic(), step
+            self._evaluate(state, step, "validation")
+        if step == self.total:
+            self._evaluate(state, step, "test")
+        # Last, so that no record up to a checkpoint is ever missing or written twice.
         if "checkpoint" in due:
             self.metrics.flush()
             self.checkpoints.save(step, state)
@@ -196,6 +204,11 @@ class Loop:
         self.timer, self.timed_from = time.monotonic(), step
         return state.replace(meter=empty_meter())
 
+    def _evaluate(self, state: State, step: int, split: str) -> None:
+        self.latest[split] = self.evaluate(state, split)
+        self._write(step, split, self.latest[split])
+        self.timer, self.timed_from = time.monotonic(), step
+
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:
         epoch = {"epoch": round(step / self.program.steps_per_epoch, 4)}
         self.metrics.write(step, split, epoch | values)
@@ -214,10 +227,11 @@ class Loop:
             self.beat = time.monotonic()
 
     def finish(self, state: State) -> dict[str, Any]:
-        """The last checkpoint, the final metrics on validation and test, and the digest."""
-        self.checkpoints.save(self.total, state)
-        metrics = {split: self.evaluate(state, split) for split in ("validation", "test")}
-        self._write(self.total, "test", metrics["test"])
+        """The final metrics on validation and test, and the digest of the state."""
+        metrics = {
+            split: self.latest.get(split) or self.evaluate(state, split)
+            for split in ("validation", "test")
+        }
         self.checkpoints.wait()
         return {
             "status": "done",

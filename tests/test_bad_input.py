@@ -339,16 +339,7 @@ def test_a_bad_flag_is_refused(argv, parts, tmp_path, refused, compiled):
     assert compiled == []
 
 
-TOO_LONG = pytest.mark.xfail(strict=True, reason="rundir._check_config lets the OSError out")
-
-
-@pytest.mark.parametrize(
-    "workdir",
-    [
-        pytest.param(name, id=name[:20], marks=[TOO_LONG] if len(name) == 300 else [])
-        for name in WORKDIRS
-    ],
-)
+@pytest.mark.parametrize("workdir", [pytest.param(name, id=name[:20]) for name in WORKDIRS])
 def test_a_bad_workdir_is_refused(workdir, tmp_path, refused):
     (tmp_path / "notes.txt").write_text("a file")
     (tmp_path / "full").mkdir()
