@@ -9,28 +9,25 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Spread(NamedTuple):
-    """Median and quartiles of n values."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    def text(self, factor: float = 1.0, digits: int = 2) -> str:
-        median, low, high = (f"{factor * x:.{digits}f}" for x in self[:3])
-        return f"{median} ({low} to {high})"
+Spread = dict[str, float]
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high, len(values))
+    return {"median": median, "low": low, "high": high, "n": len(values)}
+
+
+def text(values: Spread, factor: float = 1.0, digits: int = 2) -> str:
+    """``median (lower to upper quartile)``."""
+    median, low, high = (f"{factor * values[x]:.{digits}f}" for x in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
 
 
 def in_turn(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

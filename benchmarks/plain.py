@@ -47,10 +47,11 @@ class ResNet20(nn.Module):
 
 
 class TrainState(train_state.TrainState):
-    """flax's, with the running statistics and the sum of the losses since the last log line."""
+    """flax's, with the running statistics, and sums for the log."""
 
     batch_stats: Tree
     loss: jax.Array
+    gradient_norm: jax.Array
 
 
 def make_state(model: nn.Module, shape: tuple[int, ...], optimizer: Any) -> TrainState:
@@ -62,12 +63,13 @@ def make_state(model: nn.Module, shape: tuple[int, ...], optimizer: Any) -> Trai
         batch_stats=variables["batch_stats"],
         tx=optimizer,
         loss=jnp.zeros(()),
+        gradient_norm=jnp.zeros(()),
     )
     return state.replace(step=jnp.int32(0))
 
 
 def make_step(
-    batch: int, mean: tuple[float, ...], std: tuple[float, ...]
+    batch: int, mean: tuple[float, ...], std: tuple[float, ...], log_norm: bool
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], TrainState]:
     """One step on ``batch`` examples of a set that lives on the device: {"image": uint8
     [N, H, W, C], "label": int32 [N], "order": int32 [n], "first": the step that starts it}."""
@@ -85,7 +87,13 @@ def make_step(
             return loss, new["batch_stats"]
 
         (loss, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        return state.apply_gradients(grads=gradient, batch_stats=stats, loss=state.loss + loss)
+        norm = optax.global_norm(gradient) if log_norm else 0.0
+        return state.apply_gradients(
+            grads=gradient,
+            batch_stats=stats,
+            loss=state.loss + loss,
+            gradient_norm=state.gradient_norm + norm,
+        )
 
     return step
 

@@ -1,9 +1,9 @@
 """The train step against the same net written plainly with flax.linen.
 
 Both sides hold the set on the device as uint8, shuffle it for every epoch, take a batch from it by
-index, normalise it, update with the optimizer and schedule of the config, and add up the loss;
-neither augments. Besides that, ours adds up the norm of the gradient, refuses steps that are not
-finite, and computes the variance in two passes where flax's BatchNorm takes one.
+index, normalise it, update with the optimizer and schedule of the config, and add up the loss and
+the norm of the gradient for the log; neither augments. Besides that, ours refuses steps that are
+not finite, and computes the variance in two passes where flax's BatchNorm takes one.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from benchmarks import plain
-from benchmarks.measure import in_turn, ratios, spread
+from benchmarks.measure import in_turn, ratios, spread, text
 from bnresearch import config as configs
 from bnresearch.experiment import Experiment, initial_state, prepare, train_feed
 
@@ -28,20 +27,30 @@ class Case(NamedTuple):
     config: str
     overrides: tuple[str, ...]
     model: Any
-    ways: dict[str, Callable]
+    ways: dict[str, "Way"]
     steps: int
     repeats: int
 
 
-BOTH = {"plain flax, a call per step": plain.dispatched, "plain flax, lax.scan": plain.scanned}
-CALLS = {"plain flax, a call per step": plain.dispatched}  # a scan is slow here on a CPU
+class Way(NamedTuple):
+    """How the plain net is run, and whether it logs the norm of the gradient."""
+
+    make: Callable
+    log_norm: bool = True
+
+
+EACH = {"plain flax, a call per step": Way(plain.dispatched)}
+SCAN = {
+    "plain flax, lax.scan": Way(plain.scanned),
+    "plain flax, lax.scan, no gradient norm": Way(plain.scanned, log_norm=False),
+}
 CASES = {
-    "MLP 3x100, batch 60": Case("digits_mlp", (), plain.MLP(), BOTH, 500, 40),
+    "MLP 3x100, batch 60": Case("digits_mlp", (), plain.MLP(), EACH | SCAN, 500, 40),
     "ResNet-20, batch 128": Case(
         "cifar10_resnet20",
         ("data.name=synthetic", "data.augment=none"),
         plain.ResNet20(),
-        CALLS,
+        EACH,  # a scan is slow here on a CPU
         4,
         20,
     ),
@@ -56,17 +65,16 @@ def run(quick: bool) -> dict[str, Any]:
         steps, repeats = (max(1, case.steps // 4), 3) if quick else (case.steps, case.repeats)
         experiment = prepare(config)
         work = {"bnresearch": ours(experiment, steps)}
-        for way, make in case.ways.items():
-            work[way] = theirs(experiment, case.model, make, steps)
+        work |= {w: theirs(experiment, case.model, way, steps) for w, way in case.ways.items()}
         seconds = in_turn(work, repeats)
-        for way, values in seconds.items():
+        for how, values in seconds.items():
             per_step = spread([value / steps for value in values])
             rows.append(
                 {
                     "net": name,
-                    "how": way,
+                    "how": how,
                     "seconds_per_step": per_step,
-                    "images_per_second": config.data.batch_size / per_step.median,
+                    "images_per_second": config.data.batch_size / per_step["median"],
                     "ours_over_this": ratios(seconds["bnresearch"], values),
                     "steps_per_timing": steps,
                 }
@@ -93,13 +101,13 @@ def ours(experiment: Experiment, steps: int) -> Callable[[], None]:
     return work
 
 
-def theirs(experiment: Experiment, model: Any, make: Callable, steps: int) -> Callable[[], None]:
+def theirs(experiment: Experiment, model: Any, way: Way, steps: int) -> Callable[[], None]:
     """The same number of steps in plain flax, on the same arrays."""
     config, dataset = experiment.config, experiment.program.dataset
     feed, info = train_feed(experiment, 0, 1), dataset.info
     data = {"image": feed["image"], "label": feed["label"]}
     batch, count = config.data.batch_size, info.examples["train"]
-    run = make(plain.make_step(batch, info.mean, info.std))
+    run = way.make(plain.make_step(batch, info.mean, info.std, way.log_norm))
     state = plain.make_state(model, info.shape, optimizer(experiment))
     step = 0
 
@@ -128,10 +136,10 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             row["net"],
             row["how"],
-            row["seconds_per_step"].text(1e3, 3),
+            text(row["seconds_per_step"], 1e3, 3),
             f"{row['images_per_second']:.0f}",
-            "" if row["how"] == "bnresearch" else row["ours_over_this"].text(digits=3),
-            str(row["seconds_per_step"].n),
+            "" if row["how"] == "bnresearch" else text(row["ours_over_this"], digits=3),
+            str(row["seconds_per_step"]["n"]),
         )
         for row in result["rows"]
     ]

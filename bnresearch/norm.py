@@ -138,7 +138,7 @@ def normalise(
     bias: jax.Array | None,
     epsilon: float,
 ) -> jax.Array:
-    """``(x - mean) / sqrt(var + epsilon) * scale + bias``, computed in float32, in the dtype of x."""
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias``, in float32, given in the dtype of x."""
     centred = _split(x, Scope()) - stats.mean
     return _affine(centred, stats.var, scale, bias, epsilon).astype(x.dtype)
 

@@ -1,4 +1,11 @@
-"""CIFAR-10, the wide ResNet-18 with a 3x3 stem that is common there: one-cycle, 30 epochs, bf16."""
+"""CIFAR-10, the wide ResNet-18 with a 3x3 stem that is common there: one-cycle, 30 epochs, bf16.
+
+    python -m bnresearch train --config=configs/cifar10_resnet18.py --workdir=runs/cifar10_resnet18
+
+Expected: no whole run is on record yet; it wants an accelerator.
+Cost: two busy CPU cores made 34 images/s at batch 128 (jax 0.10.2, 2026-11-20, one run of 6 steps):
+about 11 hours for the 30 epochs.
+"""
 
 from ml_collections import ConfigDict
 

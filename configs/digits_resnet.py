@@ -1,4 +1,10 @@
-"""scikit-learn's 8x8 digits, a ResNet-8 (He et al., 2016) with BatchNorm, shifted by a pixel."""
+"""scikit-learn's 8x8 digits, a ResNet-8 (He et al., 2016) with BatchNorm, shifted by a pixel.
+
+    python -m bnresearch train --config=configs/digits_resnet.py --workdir=runs/digits_resnet
+
+Expected: test accuracy 99.93 % (95 % interval 99.72 to 100, n = 5 seeds, 270 test images).
+Cost: @DRCOST@
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,9 @@
-"""Fashion-MNIST, a ResNet-8 (He et al., 2016) with BatchNorm: minutes on a CPU."""
+"""Fashion-MNIST, a ResNet-8 (He et al., 2016) with BatchNorm: minutes on a CPU.
+
+    python -m bnresearch train --config=configs/fashion_resnet.py --workdir=runs/fashion_resnet
+
+@FASHION@
+"""
 
 from ml_collections import ConfigDict
 
@@ -17,7 +22,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 0.2
     config.optim.weight_decay = 5e-4
     config.optim.schedule.warmup = "0.5ep"
-    config.train.duration = "5ep"
+    config.train.duration = "8ep"
     config.train.log_every = "50st"
     config.train.checkpoint_every = "200st"
     return config

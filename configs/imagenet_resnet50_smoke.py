@@ -1,4 +1,12 @@
-"""The code path of imagenet_resnet50 on made-up photographs, small and short."""
+"""The code path of imagenet_resnet50 on made-up photographs, small and short.
+
+    python -m bnresearch train --config=configs/imagenet_resnet50_smoke.py --workdir=runs/smoke
+
+Streamed through worker processes, random-resized crops and flips, bf16, warm-up, label smoothing,
+zero-gamma, checkpoints: ten steps of 32 images at 64x64 that prove that it all runs.
+Expected: it ends with exit code 0; its accuracy means nothing.
+Cost: 71 s on two busy CPU cores, most of it compilation (jax 0.10.2, 2026-11-20, one run).
+"""
 
 from pathlib import Path
 
