@@ -19,6 +19,11 @@ from bnresearch.tasks import TASKS
 Tree = Any
 
 
+# Random draws take XLA's CPU compiler seconds at full optimisation, for something that runs once;
+# level 1 gives the same bits (level 0 does not).
+CPU_INIT = {"xla_backend_optimization_level": 1}
+
+
 class Feeder:
     """Puts a dataset's feeds on the devices; arrays that stay the same are put there once."""
 
@@ -132,7 +137,10 @@ def _build(config: ConfigDict) -> Program:
         total_steps=total,
         schedule=schedule,
         chunk=dataset.max_steps_per_feed if looping else 1,
-        init=jax.jit(make_init(config, dataset.info.shape, dataset.info.num_classes)),
+        init=jax.jit(
+            make_init(config, dataset.info.shape, dataset.info.num_classes),
+            compiler_options=CPU_INIT if on_cpu else None,
+        ),
         train=train,
         eval_steps={},
         feeders={},
@@ -142,7 +150,7 @@ def _build(config: ConfigDict) -> Program:
 def _trace(experiment: Experiment) -> None:
     """Trace the train step: norms and shapes that cannot be are refused here, before compiling."""
     program, layout = experiment.program, experiment.program.layout
-    state = jax.eval_shape(lambda numbers: layout.put(program.init(numbers)), experiment.numbers)
+    state = layout.like(jax.eval_shape(program.init, experiment.numbers))
     feed = train_feed(experiment, 0, 1)
     jax.eval_shape(program.train, state, feed, experiment.numbers, jnp.int32(1))
 

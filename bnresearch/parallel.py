@@ -147,6 +147,13 @@ class Layout:
         """Copy a tree to every device, as the compiled step takes it."""
         return jax.device_put(tree, self.replicated())
 
+    def like(self, tree: Any) -> Any:
+        """What ``put`` would make of a tree of shapes: shapes and shardings, without values."""
+        sharding = self.replicated()
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
     def get(self, tree: Any) -> Any:
         """The one tree of which ``put`` made copies, for evaluation and for checkpoints."""
         return tree
@@ -254,6 +261,12 @@ class PmapLayout(Layout):
             out_shardings=self._stacked(),
         )
         return jax.tree.map(lambda x: copy(jax.device_put(x, self.replicated())), tree)
+
+    def like(self, tree: Any) -> Any:
+        sharding, count = self._stacked(), self.device_count
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), tree
+        )
 
     def get(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)

@@ -13,7 +13,8 @@ from bnresearch import config as configs
 from bnresearch import diverge, parallel
 from bnresearch.errors import Diverged
 from bnresearch.experiment import initial_state, prepare, train_feed
-from bnresearch.step import make_train_step, single
+from bnresearch.state import State, empty_meter
+from bnresearch.step import looped, make_train_step, single
 from bnresearch.train import run
 
 WIDTHS = (8,) * 11  # norm10 and norm11 come before norm2 in the alphabet
@@ -189,3 +190,30 @@ def test_after_a_refused_step_no_other_batch_is_taken():
     state = state.replace(meter=state.meter | {"bad": np.bool_(True)})
     after = step(state, train_feed(experiment, 0, 1), experiment.numbers, jnp.int32(1))
     assert_untouched_but_bad(after, state.replace(meter=state.meter | {"bad": np.bool_(True)}))
+
+
+def counting(bad_at):
+    """A step that adds one to a parameter, and is not finite at step ``bad_at``."""
+
+    def step(state, feed, numbers):
+        bad = state.step == bad_at
+        return state.replace(
+            step=state.step + 1,
+            params=jnp.where(bad, jnp.nan, state.params + 1),
+            meter=state.meter | {"bad": state.meter["bad"] | bad},
+        )
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "end", "bad"),
+    [(0, 4, 4, False), (0, 5, 5, False), (0, 6, 5, True), (0, 40, 5, True), (5, 3, 5, True)],
+)
+def test_a_looped_call_ends_before_a_step_that_is_not_finite(start, count, end, bad):
+    state = State(jnp.int32(start), jnp.float32(start), {}, (), empty_meter())
+    run_steps = jax.jit(looped(counting(5)))
+    after = run_steps(state, {}, {}, jnp.int32(count))
+    assert (int(after.step), float(after.params), bool(after.meter["bad"])) == (end, end, bad)
+    if bad:
+        assert_untouched_but_bad(run_steps(after, {}, {}, jnp.int32(3)), after)

@@ -19,10 +19,11 @@ class Classification:
     def loss(logits: jax.Array, batch: Batch, label_smoothing: Any) -> jax.Array:
         """Mean cross-entropy (nats) with smoothed labels: ``(1 - a) * onehot + a / classes``
         (Szegedy et al., 2016). ``logits`` is ``[batch, classes]`` float32."""
-        log_p = jax.nn.log_softmax(logits)
-        true = jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
-        smooth = (1 - label_smoothing) * true + label_smoothing * log_p.mean(axis=1)
-        return -smooth.mean()
+        classes = logits.shape[1]
+        # One-hot: on CPU the gradient of an indexed look-up is a slow scatter.
+        target = jax.nn.one_hot(batch["label"], classes, dtype=logits.dtype)
+        target = (1 - label_smoothing) * target + label_smoothing / classes
+        return optax.softmax_cross_entropy(logits, target).mean()
 
     @staticmethod
     def sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
