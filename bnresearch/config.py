@@ -2,7 +2,7 @@
 
 Options that belong to one choice live under that choice's name (``model.resnet.depth``,
 ``optim.sgd.momentum``, ``norm.group.groups``); the resolved form keeps only the chosen ones, so
-that an option nobody uses never makes two runs different.
+that the options of a choice that was not made never make two runs different.
 """
 
 import hashlib
@@ -209,6 +209,13 @@ def validate(config: ConfigDict) -> None:
     for key in ("duration", "log_every", "eval_every", "checkpoint_every"):
         optim.parse_duration(f"train.{key}", config.train[key], positive=True)
     optim.validate(config.optim)
+    exact = config.train.accumulate > 1 and config.train.accumulate_statistics == "batch"
+    if exact and NORMS[config.norm.kind].running and config.norm.scope != "global":
+        raise UserError(
+            f"train.accumulate_statistics=batch takes the statistics of the whole batch, but "
+            f"norm.scope={config.norm.scope} asks for smaller sets; choose norm.scope=global, or "
+            "accumulate_statistics=microbatch"
+        )
 
 
 def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -282,6 +289,8 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
         node = _at(resolved, path)
         for name in table.keys() - {node[key]}:
             node.pop(name, None)
+    for name in data.DATASETS.keys() - {config.data.name}:
+        resolved["data"].pop(name, None)  # no choice of CHOICES: any TFDS name will do, too
     return resolved
 
 

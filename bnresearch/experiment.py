@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from bnresearch import config as configs
 from bnresearch import data, optim
 from bnresearch.models import MODELS
-from bnresearch.parallel import AXES, Layout, make_layout
+from bnresearch.parallel import AXES, Layout, make_layout, pick_devices
 from bnresearch.state import State
 from bnresearch.step import looped, make_eval_step, make_init, make_train_step, single
 from bnresearch.tasks import TASKS
@@ -89,6 +89,9 @@ def prepare(config: ConfigDict) -> Experiment:
     """
     configs.validate(config)
     resolved = configs.resolve(config)
+    if config.norm.scope != "global":
+        # The number of devices then decides what the statistics are: it is part of the config.
+        resolved["parallel"]["devices"] = len(pick_devices(config.parallel.devices))
     numbers = {
         key: jnp.asarray(value, jnp.int32 if key == "seed" else jnp.float32)
         for key, value in configs.numbers(resolved).items()

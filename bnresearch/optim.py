@@ -20,7 +20,7 @@ def defaults() -> dict[str, Any]:
         learning_rate=0.1,  # the peak: after warm-up
         schedule=dict(
             name="cosine",
-            warmup="0ep",  # linear from 0
+            warmup="0ep",  # linear: the first of n steps has 1/n of the peak
             **{name: dict(entry.options) for name, entry in SCHEDULES.items()},
         ),
         weight_decay=0.0,
@@ -32,7 +32,7 @@ def defaults() -> dict[str, Any]:
 
 def parse_duration(key: str, text: str, *, positive: bool = False) -> tuple[float, str]:
     """``"10ep"`` (epochs, may be fractional) or ``"500st"`` (optimizer steps) as number, unit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ep|st)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ep|st)", text)
     if not match:
         raise UserError(
             f"{key}={text!r} is no duration; write epochs as '10ep' or steps as '500st'"
@@ -46,36 +46,56 @@ def steps(key: str, text: str, steps_per_epoch: float) -> int:
     """A duration in whole optimizer steps; at least 1 unless it is zero."""
     number, unit = parse_duration(key, text)
     count = number * (steps_per_epoch if unit == "ep" else 1)
+    if count >= 2**31:
+        raise UserError(f"{key}={text!r} is {count:.3g} steps; give less than 2**31")
     return max(1, round(count)) if count else 0
 
 
 class ScheduleEntry(NamedTuple):
-    """``make(total, **options)`` gives the shape of a schedule: its peak is 1."""
+    """``make(warmup, rest, **options)`` gives the shape of the ``rest`` of the steps, behind the
+    ``warmup``: step of the rest -> factor, at most 1."""
 
     make: Callable[..., Schedule]
     options: Mapping[str, Any]
 
 
-def _constant(total: int) -> Schedule:
+def _constant(warmup: int, rest: int) -> Schedule:
     return optax.constant_schedule(1.0)
 
 
-def _cosine(total: int, final: float) -> Schedule:
-    return optax.cosine_decay_schedule(1.0, max(1, total), alpha=final)
+def _cosine(warmup: int, rest: int, final: float) -> Schedule:
+    return optax.cosine_decay_schedule(1.0, rest, alpha=final)
 
 
-def _step(total: int, boundaries: tuple[float, ...], factor: float) -> Schedule:
-    return optax.piecewise_constant_schedule(
-        1.0, {round(boundary * total): factor for boundary in boundaries}
-    )
+def _step(warmup: int, rest: int, boundaries: tuple[float, ...], factor: float) -> Schedule:
+    drops: dict[int, float] = {}
+    for boundary in boundaries:
+        step = round(boundary * (warmup + rest)) - warmup
+        if step < 1:
+            raise UserError(
+                f"optim.schedule.step.boundaries={boundaries}: a drop at {boundary} of the "
+                f"training lies in its warm-up ({warmup} of {warmup + rest} steps); shorten that"
+            )
+        drops[step] = drops.get(step, 1.0) * factor  # in short runs two can fall on one step
+    return optax.piecewise_constant_schedule(1.0, drops)
 
 
-def _one_cycle(total: int, rise: float, start: float, final: float) -> Schedule:
+def _one_cycle(warmup: int, rest: int, rise: float, start: float, final: float) -> Schedule:
+    if warmup:
+        raise UserError(
+            "optim.schedule.warmup has no place before one_cycle, which rises by itself; set the "
+            "warm-up to '0ep' and optim.schedule.one_cycle.rise to the part that rises"
+        )
+    if int(rise * rest) < 1:
+        raise UserError(
+            f"optim.schedule.one_cycle.rise={rise} of {rest} steps is less than one step; lengthen "
+            "train.duration or the rise"
+        )
     # optax starts at peak / div_factor and ends at start / final_div_factor.
-    return optax.cosine_onecycle_schedule(max(2, total), 1.0, rise, 1 / start, start / final)
+    return optax.cosine_onecycle_schedule(rest, 1.0, rise, 1 / start, start / final)
 
 
-# Fractions are of what is left after the warm-up.
+# boundaries and rise are fractions of the whole training.
 SCHEDULES: dict[str, ScheduleEntry] = {
     "constant": ScheduleEntry(_constant, {}),
     "cosine": ScheduleEntry(_cosine, dict(final=0.0)),
@@ -92,7 +112,7 @@ def schedule(config: ConfigDict, total: int, steps_per_epoch: float) -> Schedule
             f"optim.schedule.warmup={config.warmup!r} ({warmup} steps) is not shorter than the "
             f"training ({total} steps); shorten it or lengthen train.duration"
         )
-    shape = SCHEDULES[config.name].make(total - warmup, **config[config.name])
+    shape = SCHEDULES[config.name].make(warmup, total - warmup, **config[config.name])
     if not warmup:
         return shape
     rise = optax.linear_schedule(1 / warmup, 1.0, warmup - 1) if warmup > 1 else shape
@@ -148,6 +168,9 @@ def validate(config: ConfigDict) -> None:
     cycle = config.schedule.one_cycle
     if not (0 < cycle.rise < 1 and 0 < cycle.final <= cycle.start <= 1):
         raise UserError("optim.schedule.one_cycle needs 0 < rise < 1 and 0 < final <= start <= 1")
+    for name in ("sgd", "lars"):
+        if config.name == name and config[name].nesterov and not config[name].momentum:
+            raise UserError(f"optim.{name}.nesterov needs a momentum; optim.{name}.momentum is 0")
 
 
 def decay_mask(params: Any) -> Any:

@@ -17,6 +17,7 @@ pmap       its device's rows      ``pmean`` of the gradients of the local losses
 
 import re
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -115,6 +116,8 @@ class Layout:
 
     def fold_key(self, key: jax.Array) -> jax.Array:
         """A random key of this device's own, for masks that are drawn per device (dropout)."""
+        if self.device_count == 1:
+            return key
         return jax.random.fold_in(key, self._device_index())
 
     def constrain(self, batch: Any) -> Any:
@@ -256,11 +259,14 @@ class PmapLayout(Layout):
         )
 
     def put(self, tree: Any) -> Any:
-        copy = jax.jit(
-            lambda x: jnp.broadcast_to(x, (self.device_count, *x.shape)),
-            out_shardings=self._stacked(),
-        )
-        return jax.tree.map(lambda x: copy(jax.device_put(x, self.replicated())), tree)
+        return self._stack(jax.device_put(tree, self.replicated()))
+
+    @cached_property
+    def _stack(self) -> Callable[[Any], Any]:
+        def stack(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.device_count, *x.shape)), tree)
+
+        return jax.jit(stack, out_shardings=self._stacked())
 
     def like(self, tree: Any) -> Any:
         sharding, count = self._stacked(), self.device_count

@@ -1,5 +1,6 @@
 """The loop: one run from its config to its result."""
 
+import math
 import signal
 import sys
 import threading
@@ -100,6 +101,11 @@ def _run(
             except Stopped as error:
                 folder.set_status("stopped", error.step, str(error))
                 raise
+            except KeyboardInterrupt:
+                folder.set_status(
+                    "stopped", loop.step, "interrupted: the newest checkpoint is left"
+                )
+                raise
             except BaseException as error:
                 folder.set_status("failed", loop.step, f"{type(error).__name__}: {error}")
                 raise
@@ -154,6 +160,7 @@ class Loop:
                 state = self._at_boundary(state, self.step)
             if stop.is_set() and self.step < self.total:
                 self.checkpoints.save(self.step, state)
+                self.checkpoints.wait()
                 raise Stopped(self.step)
         return state
 
@@ -195,6 +202,8 @@ class Loop:
             "gradient_norm": float(meter["gradient_norm"]) / count,
             "weight_norm": float(weight_norm(state.params)),
         }
+        if not math.isfinite(values["weight_norm"]):
+            raise Diverged(step, "the norm of the parameters is not finite")
         images = (step - (self.timed_from or 0)) * self.experiment.config.data.batch_size
         if images:  # none are timed yet if the call that compiled was the only one
             values["images_per_second"] = images / (time.monotonic() - self.timer)
@@ -249,14 +258,14 @@ def weight_norm(params: Any) -> jax.Array:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set. A second Ctrl-C interrupts at once."""
+    """An event that SIGTERM and Ctrl-C set. A second signal interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread only
         return
 
     def request(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
+        if event.is_set():
             raise KeyboardInterrupt
         event.set()
 

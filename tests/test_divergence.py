@@ -192,6 +192,16 @@ def test_after_a_refused_step_no_other_batch_is_taken():
     assert_untouched_but_bad(after, state.replace(meter=state.meter | {"bad": np.bool_(True)}))
 
 
+def test_a_last_step_that_throws_the_parameters_out_is_a_divergence(tmp_path):
+    """The next step would have shown it, but there is none."""
+    config = configs.load(
+        DIGITS, ["parallel.devices=1", "train.duration=1st", "optim.learning_rate=1e30"]
+    )
+    with pytest.raises(Diverged, match="step 1: the norm of the parameters is not finite"):
+        run(config, tmp_path / "run", show="off")
+    assert read(tmp_path / "run" / "result.json")["status"] == "diverged"
+
+
 def counting(bad_at):
     """A step that adds one to a parameter, and is not finite at step ``bad_at``."""
 

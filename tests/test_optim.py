@@ -27,7 +27,9 @@ def test_durations():
     assert optim.steps("d", "0.001ep", 21.0) == 1  # shorter than a step is a step
     assert optim.steps("d", "0ep", 21.0) == 0
     assert optim.steps("d", "500st", 21.0) == 500
-    for wrong in ("5", "5 ep", "ep", "-1ep", "1e3st", "nan"):
+    with pytest.raises(UserError, match=r"less than 2\*\*31"):
+        optim.steps("d", "99999999999st", 21.0)
+    for wrong in ("5", "٣st", "5 ep", "ep", "-1ep", "1e3st", "nan"):
         with pytest.raises(UserError, match="'10ep'"):
             optim.steps("d", wrong, 1.0)
 
@@ -52,6 +54,34 @@ def test_warmup_is_linear_reaches_the_peak_and_hands_over():
 def test_step_drops_at_fractions_of_the_training():
     f = schedule_of("step", boundaries=(0.5, 0.75), factor=0.1)
     np.testing.assert_allclose([f(49), f(51), f(74), f(76)], [1, 0.1, 0.1, 0.01], rtol=1e-6)
+
+
+def test_step_boundaries_count_the_warm_up():
+    f = schedule_of("step", warmup="1ep", boundaries=(0.5,), factor=0.1)
+    np.testing.assert_allclose([f(9), f(10), f(49), f(50)], [1, 1, 1, 0.1], rtol=1e-6)
+    with pytest.raises(UserError, match="lies in its warm-up"):
+        schedule_of("step", warmup="1ep", boundaries=(0.05, 0.5))
+
+
+def test_boundaries_that_fall_on_one_step_both_count():
+    f = schedule_of("step", total=4, boundaries=(0.5, 0.55), factor=0.1)
+    np.testing.assert_allclose([f(1), f(3)], [1, 0.01], rtol=1e-6)
+
+
+def test_one_cycle_has_no_warm_up_and_needs_a_step_to_rise():
+    with pytest.raises(UserError, match="rises by itself"):
+        schedule_of("one_cycle", warmup="1st")
+    with pytest.raises(UserError, match="less than one step"):
+        schedule_of("one_cycle", total=3, rise=0.3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_nesterov_without_momentum_is_refused(name):
+    config = default_config().optim
+    config.name = name
+    config[name].update(nesterov=True, momentum=0.0)
+    with pytest.raises(UserError, match="nesterov needs a momentum"):
+        optim.validate(config)
 
 
 def test_one_cycle_rises_and_falls():

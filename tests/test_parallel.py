@@ -1,7 +1,5 @@
 """Modes and scopes of statistics on eight fake devices, against numpy."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from bnresearch.errors import UserError
 from bnresearch.experiment import initial_state, prepare, train_feed
 from bnresearch.norm import Stats, batch_norm
 from bnresearch.parallel import MODES, ShardMapLayout, make_layout, parse_scope
+from bnresearch.rundir import open_run
 
 SCOPES = {"global": 1, "group:4": 2, "group:2": 4, "device": 8}  # scope -> groups of 8 devices
 BATCH, FEATURES, DECAY, EPSILON = 32, 5, 0.9, 1e-5
@@ -86,10 +85,8 @@ def test_forward_statistics_and_gradients_equal_numpy(mode, scope):
 
     feed = {"x": jnp.asarray(x, jnp.float32), "t": jnp.asarray(t, jnp.float32)}
     state = {"scale": jnp.asarray(scale, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
-    compiled = layout.compile(step, sharded_feed=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        out = layout.get(compiled(layout.put(state), layout.put(feed), {}, jnp.int32(1)))
+    compiled = layout.compile(step, sharded_feed=False, donate=False)
+    out = layout.get(compiled(layout.put(state), layout.put(feed), {}, jnp.int32(1)))
 
     groups = SCOPES[scope]
     y, mean, var = numpy_batch_norm(x, scale, bias, groups)
@@ -249,9 +246,23 @@ def test_dropout_masks_differ_between_devices_and_the_run_trains(mode):
 
 def test_one_device_needs_nothing_special():
     for mode in MODES:
-        config = digits_config(mode, "device", "parallel.devices=1")
-        reference = digits_config("jit", "global", "parallel.devices=1")
+        dropout = "model.mlp.dropout=0.5"
+        config = digits_config(mode, "device", "parallel.devices=1", dropout)
+        reference = digits_config("jit", "global", "parallel.devices=1", dropout)
         assert largest_difference(trained(config).params, trained(reference).params) < 1e-6
+
+
+def test_the_number_of_devices_is_part_of_a_config_whose_statistics_depend_on_it(tmp_path):
+    """A run must not go on with other statistics because it found other devices."""
+    few = {"device": prepare(digits_config("jit", "device", "parallel.devices=2"))}
+    few["global"] = prepare(digits_config("jit", "global", "parallel.devices=0"))
+    assert few["device"].resolved["parallel"]["devices"] == 2
+    assert few["global"].resolved["parallel"]["devices"] == 0
+    everything = prepare(digits_config("jit", "device", "parallel.devices=0"))
+    assert everything.resolved["parallel"]["devices"] == 8
+    open_run(tmp_path / "run", few["device"].resolved, []).close()
+    with pytest.raises(UserError, match=r"parallel.devices: there 2, now 8"):
+        open_run(tmp_path / "run", everything.resolved, [])
 
 
 @pytest.mark.parametrize("text", ["all", "group:", "group:0", "group:x", ""])
