@@ -325,13 +325,26 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 NUMBERS = (
     "seed",
     "norm.batch.decay",
+    "norm.batch.epsilon",
+    "norm.layer.epsilon",
+    "norm.group.epsilon",
     "optim.learning_rate",
     "optim.weight_decay",
     "optim.clip_norm",
     "optim.sgd.momentum",
+    "optim.adamw.b1",
+    "optim.adamw.b2",
+    "optim.adamw.eps",
     "optim.lars.momentum",
+    "optim.lars.trust_coefficient",
+    "optim.lamb.b1",
+    "optim.lamb.b2",
+    "optim.lamb.eps",
     "task.classification.label_smoothing",
 )
+
+# What only the loop looks at.
+LOOP = ("train.keep", "train.log_every", "train.eval_every", "train.checkpoint_every")
 
 
 def numbers(resolved: Mapping[str, Any]) -> dict[str, float]:
@@ -343,5 +356,7 @@ def numbers(resolved: Mapping[str, Any]) -> dict[str, float]:
 def program_key(resolved: Mapping[str, Any]) -> str:
     """What decides the compiled program: the config without its numbers, as JSON."""
     flat = flatten(resolved)
-    flat |= {key: bool(flat[key]) for key in numbers(resolved) if key != "seed"}
-    return json.dumps(flat | {"seed": None}, sort_keys=True)
+    flat |= {key: bool(flat[key]) for key in numbers(resolved)}
+    for key in ("seed", *LOOP):
+        del flat[key]
+    return json.dumps(flat, sort_keys=True)
