@@ -4,7 +4,8 @@
 
 Expected: the paper's table 6 has 8.75 % test error, trained on all 50,000 images; here 5,000 of
 them are held out for validation. No whole run is on record yet.
-@C20@
+Cost: two CPU cores that did other work as well made 369 images/s (jax 0.10.2, 2026-11-20, one run
+of one epoch, 50.9 % test accuracy): about six hours for the whole run.
 """
 
 from ml_collections import ConfigDict

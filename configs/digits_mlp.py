@@ -3,7 +3,8 @@
     python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 
 Expected: test accuracy 98.37 % (95 % interval 97.60 to 99.14, n = 5 seeds, 270 test images).
-Cost: @MLPCOST@
+Cost: 2.0 s with compilation, then 0.36 s per run in the same process (median of 4), on two CPU
+cores (jax 0.10.2, 2026-11-20).
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m bnresearch train --config=configs/digits_resnet.py --workdir=runs/digits_resnet
 
 Expected: test accuracy 99.93 % (95 % interval 99.72 to 100, n = 5 seeds, 270 test images).
-Cost: @DRCOST@
+Cost: 6.9 s with compilation, then 4.4 s (median of 4), on two CPU cores (jax 0.10.2, 2026-11-20).
 """
 
 from ml_collections import ConfigDict
