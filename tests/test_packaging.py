@@ -146,3 +146,11 @@ def test_setup_refuses_an_old_python_in_words(tmp_path):
     assert done.returncode == 2
     assert "No Python >= 3.11 found" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_setup_is_sourced_with_an_argument(path):
+    """Without one, a sourced script takes the arguments of its caller: an extra named '--help'."""
+    for line in path.read_text().splitlines():
+        if line.startswith("source"):
+            assert re.search(r'setup\.sh" (test|"")', line), line
