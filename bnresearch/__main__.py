@@ -144,9 +144,16 @@ def _configs() -> Iterable[tuple[str, str]]:
     folder = Path("configs") if Path("configs").is_dir() else beside
     rows = []
     for path in sorted(folder.glob("*.py")):
-        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-        rows.append((os.path.relpath(path), doc.split("\n")[0]))
+        rows.append((os.path.relpath(path), _first_doc_line(path)))
     return rows
+
+
+def _first_doc_line(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_bytes(), path.name)  # bytes: with whatever encoding they declare
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"(cannot be read: {' '.join(str(error).split())})"
+    return (ast.get_docstring(tree) or "").split("\n")[0]
 
 
 LISTS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {

@@ -23,25 +23,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from bnresearch.errors import UserError
+from bnresearch.leaves import Leaf, arrays_of, digest_of, leaves_of, named, nest
 
 SCHEMA = 1
 SHOWN = 10  # how many differing leaves a message lists
-
-
-class Leaf(NamedTuple):
-    """What a leaf looks like without its values."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
 
 
 class Damaged(Exception):
@@ -55,7 +46,7 @@ def digest(state: Any) -> str:
     in C order. The sign of zero and the payload of NaN count; types of containers, shardings and
     weak types do not.
     """
-    return _digest(_arrays(state))
+    return digest_of(arrays_of(state))
 
 
 class Checkpoints:
@@ -94,13 +85,13 @@ class Checkpoints:
         if self.read_only:
             raise RuntimeError(f"{self.directory} was opened to read only")
         self.wait()
-        arrays = _arrays(state)
+        arrays = arrays_of(state)
         about = _describe(step, arrays)
         if step in self.steps() and self._is_saved(step, about["digest"]):
             return
         ocp = _orbax()
         # Orbax refuses arrays without elements; the description is enough to rebuild them.
-        full = _nest({name: array for name, array in arrays.items() if array.size})
+        full = nest({name: array for name, array in arrays.items() if array.size})
         items = {"state": ocp.args.StandardSave(full), "about": ocp.args.JsonSave(about)}
         self._saving = step
         # force: the manager would otherwise only accept steps beyond the newest one.
@@ -131,7 +122,7 @@ class Checkpoints:
             checkpoints are damaged.
         """
         self.wait()
-        _check_statistics(_leaves(template), "the state to restore into")
+        _check_statistics(leaves_of(template), "the state to restore into")
         damaged = []
         for step in reversed(self.steps()):
             folder = self.directory / str(step)
@@ -224,51 +215,6 @@ def _all_damaged(directory: Path, steps: list[int], read_only: bool) -> str:
     )
 
 
-# ---- The pytree as named leaves
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by path name ("params/conv1/kernel"), in the order of the pytree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the state have the same path name")
-    return named
-
-
-def _arrays(tree: Any) -> dict[str, np.ndarray]:
-    """The values of the leaves by path name, on the host."""
-    return {name: np.asarray(leaf) for name, leaf in jax.device_get(_named(tree)).items()}
-
-
-def _leaves(tree: Any) -> dict[str, Leaf]:
-    return {
-        name: Leaf(np.dtype(leaf.dtype).name, tuple(leaf.shape))
-        for name, leaf in _named(tree).items()
-    }
-
-
-def _nest(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Path names to nested dicts, so that any orbax reader finds params as flax has them."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return tree
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    total = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        total.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        # As uint8, because numpy hands out no buffer of bfloat16.
-        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
 # ---- What a checkpoint says about itself
 
 
@@ -276,7 +222,7 @@ def _describe(step: int, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     about = {
         "schema": SCHEMA,
         "step": step,
-        "digest": _digest(arrays),
+        "digest": digest_of(arrays),
         "leaves": {name: [str(a.dtype.name), list(a.shape)] for name, a in arrays.items()},
     }
     return about | {"check": _check(about)}
@@ -308,14 +254,14 @@ def _read(folder: Path, template: Any) -> dict[str, np.ndarray]:
     about = _read_about(folder)
     saved = {name: Leaf(dtype, tuple(shape)) for name, (dtype, shape) in about["leaves"].items()}
     _check_statistics(saved, str(folder))
-    _check_same(saved, _leaves(template), folder)
+    _check_same(saved, leaves_of(template), folder)
     ocp = _orbax()
     empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
-    full = _nest({name: array for name, array in empty.items() if array.size})
+    full = nest({name: array for name, array in empty.items() if array.size})
     args = ocp.args.StandardRestore(full)
     reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    arrays = empty | _named(_try(lambda: reader.restore(folder / "state", args=args)))
-    if _digest(arrays) != about["digest"]:
+    arrays = empty | named(_try(lambda: reader.restore(folder / "state", args=args)))
+    if digest_of(arrays) != about["digest"]:
         raise Damaged("its values are not those that were saved")
     return arrays
 
@@ -388,7 +334,7 @@ def _check_same(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], folder: P
 
 
 def _place(arrays: Mapping[str, np.ndarray], template: Any) -> Any:
-    leaves = [_place_leaf(arrays[name], like) for name, like in _named(template).items()]
+    leaves = [_place_leaf(arrays[name], like) for name, like in named(template).items()]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), leaves)
 
 

@@ -6,19 +6,17 @@ that the options of a choice that was not made never make two runs different.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bnresearch import data, models, optim, parallel, tasks
+from bnresearch import config_file, data, models, optim, parallel, tasks
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
 
@@ -73,6 +71,13 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, no get_config in it, an unknown key, a value of the wrong type.
     """
+    overrides = list(overrides)
+    for item in overrides:
+        if not re.match(r"\w[\w.]*=", item):
+            raise UserError(
+                f"override {item!r} is not of the form key=value; write it without dashes, such "
+                "as 'optim.learning_rate=0.1'"
+            )
     argv = ["config", f"--config={path}", *(f"--config.{item}" for item in overrides)]
     values = flags.FlagValues()
     define_flag(argv, values)
@@ -81,6 +86,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
 
 def define_flag(argv: list[str], values: flags.FlagValues) -> None:
     """Define ``--config=FILE`` with ``--config.a.b=v`` overrides taken from ``argv``."""
+    _refuse_flagfile(argv)
     help_text = "config file with a get_config() function; --config.a.b=v overrides a value"
     config_flags.DEFINE_config_file(
         "config", None, help_text, flag_values=values, sys_argv=argv, lock_config=True
@@ -89,9 +95,11 @@ def define_flag(argv: list[str], values: flags.FlagValues) -> None:
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> flags.FlagValues:
     """Parse ``argv``, turning every complaint of absl and ml_collections into a UserError."""
+    _refuse_flagfile(argv)
     given = _config_flag(argv)
-    if given:
-        _check_file(given)
+    if given is not None:
+        _check_keys(flatten(config_file.read(given)), flatten(default_config()))
+        _check_overrides(argv)
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
@@ -99,10 +107,17 @@ def parse_flags(argv: list[str], values: flags.FlagValues) -> flags.FlagValues:
     except flags.Error as error:
         raise UserError(_explain_flag(str(error))) from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_explain_override(argv, error)) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"the config cannot be read: {reason}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; options start with --; see --help")
     return values
+
+
+def _refuse_flagfile(argv: list[str]) -> None:
+    """absl would read flags from files, past all checks here of what was given."""
+    if any(re.match(r"--?flagfile(=|$)", item) for item in argv):
+        raise UserError("--flagfile is not read here; write its flags on the command line")
 
 
 def _config_flag(argv: list[str]) -> str | None:
@@ -113,47 +128,6 @@ def _config_flag(argv: list[str]) -> str | None:
         if match:
             value = following if match[1] is None else match[1]
     return value
-
-
-def _check_file(flag_value: str) -> None:
-    """Refuse a config file that cannot be used, before ml_collections wraps the reasons."""
-    name, *argument = flag_value.split(":", 1)
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"config file {name!r} does not exist; see `python -m bnresearch list configs`"
-        )
-    spec = importlib.util.spec_from_file_location("bnresearch_config_file", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {name!r} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    with _failures_explained(name):
-        spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(
-            f"config file {name!r} has no get_config() function; it must return a ConfigDict, "
-            "see configs/digits_mlp.py"
-        )
-    with _failures_explained(name):
-        config = module.get_config(*argument)
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"get_config() in config file {name!r} returns a {type(config).__name__}, not a "
-            "ConfigDict; start from bnresearch.config.default_config() and return it"
-        )
-    _check_keys(flatten(config), flatten(default_config()))
-
-
-@contextmanager
-def _failures_explained(name: str) -> Iterator[None]:
-    """Whatever a config file raises, also by leaving the program, as a UserError of one line."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"config file {name!r} fails: {type(error).__name__}: {reason}; correct the file"
-        ) from error
 
 
 def _explain_flag(message: str) -> str:
@@ -167,13 +141,20 @@ def _explain_flag(message: str) -> str:
     )
 
 
-def _explain_override(argv: list[str], error: Exception) -> str:
+def _check_overrides(argv: list[str]) -> None:
+    """Refuse unknown keys and whole groups of keys, for which ml_collections has no words."""
     known = sorted(flatten(default_config()))
     for item in argv:
-        match = re.match(r"--?config\.([\w.]+)", item)
-        if match and match[1] not in known and not any(k.startswith(match[1] + ".") for k in known):
-            return f"unknown config key {match[1]!r}; {nearest(match[1], known)}"
-    return f"the config cannot be read: {type(error).__name__}: {error}"
+        match = re.match(r"--?config\.([\w.]+)(?:=(.*))?", item, re.DOTALL)
+        if match is None or match[1] in known:
+            continue
+        key, value = match.groups()
+        group = [name for name in known if name.startswith(f"{key}.")]
+        if not group:
+            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+        table, choice = CHOICES.get(key, ({}, ""))
+        meant = f"{key}.{choice}={value}" if value in table else f"one of its keys, as {group[0]}"
+        raise UserError(f"{key} is a group of keys and takes no value; did you mean {meant}?")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -230,17 +211,15 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
-    if type(value) is not type(default):
-        raise UserError(
-            f"{key}={value!r} is of type {type(value).__name__}, not {type(default).__name__}; "
-            f"give a value such as {default!r}"
-        )
+    _check_type(key, value, default)
     if isinstance(value, tuple) and default:
         for item in value:
             _check_value(f"an item of {key}", item, default[0])
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise UserError(f"{key}={value} is too large; give a number up to {LARGEST}")
         if value < 0 and key != "data.workers":
             raise UserError(f"{key}={value} is negative; give 0 or more")
     limit = UNIT_INTERVAL.get(key)
@@ -249,6 +228,16 @@ def _check_value(key: str, value: Any, default: Any) -> None:
             f"{key}={value} is out of range; give a number in [0, 1{']' if limit else ')'}"
         )
 
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    if type(value) is not type(default):
+        raise UserError(
+            f"{key}={value!r} is of type {type(value).__name__}, not {type(default).__name__}; "
+            f"give a value such as {default!r}"
+        )
+
+
+LARGEST = 3.4e38  # float32, in which all is computed, ends soon after
 
 # Numbers that must lie between 0 and 1; True where 1 itself is allowed.
 UNIT_INTERVAL = {
@@ -271,7 +260,8 @@ def _check_choice(key: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def _at(config: Any, path: str) -> Any:
-    for key in path.split("."):
+    """The node at a dotted path; the config itself at ""."""
+    for key in path.split(".") if path else ():
         config = config[key]
     return config
 
@@ -298,7 +288,8 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
     """The config of a run folder's ``config.json``: the inverse of ``resolve``.
 
     Raises:
-      UserError: written under another schema number, or with keys that are no longer there.
+      UserError: written under another schema number, with keys that are not those of its choices,
+        or with a value of another type.
     """
     if resolved.get("schema") != SCHEMA:
         raise UserError(
@@ -306,12 +297,17 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
             f"{SCHEMA}; use the version of bnresearch that status.json of the run names"
         )
     config = default_config()
-    known = flatten(config)
-    for key, value in flatten({k: v for k, v in resolved.items() if k != "schema"}).items():
-        if key not in known:
+    known, given = flatten(config), flatten(resolved)
+    for key, value in given.items():
+        if key in known:
+            value = tuple(value) if isinstance(value, list) else value
+            _check_type(key, value, known[key])
+            _at(config, key.rpartition(".")[0])[key.rpartition(".")[-1]] = value
+        elif key != "schema":
             raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
-        node = _at(config, key.rsplit(".", 1)[0]) if "." in key else config
-        node[key.rsplit(".", 1)[-1]] = tuple(value) if isinstance(value, list) else value
+    for key in flatten(resolve(config)):
+        if key not in given:
+            raise UserError(f"config.json lacks {key!r}; was it changed by hand? Put the key back")
     return config
 
 

@@ -1,5 +1,6 @@
 """From a config to compiled functions: everything that is decided before the first step."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from bnresearch import config as configs
 from bnresearch import data, optim
+from bnresearch.errors import UserError
 from bnresearch.models import MODELS
 from bnresearch.parallel import AXES, Layout, make_layout, pick_devices
 from bnresearch.state import State
@@ -153,9 +155,24 @@ def _build(config: ConfigDict) -> Program:
 def _trace(experiment: Experiment) -> None:
     """Trace the train step: norms and shapes that cannot be are refused here, before compiling."""
     program, layout = experiment.program, experiment.program.layout
-    state = layout.like(jax.eval_shape(program.init, experiment.numbers))
+    state = jax.eval_shape(program.init, experiment.numbers)
+    _check_memory(state, layout.mesh.devices.flat[0])
+    state = layout.like(state)
     feed = train_feed(experiment, 0, 1)
     jax.eval_shape(program.train, state, feed, experiment.numbers, jnp.int32(1))
+
+
+def _check_memory(state: State, device: jax.Device) -> None:
+    """Refuse a state that no device holds: allocating it ends in a hang or a kill, not an error."""
+    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    stats = device.memory_stats() or {}
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = stats.get("bytes_limit", physical)
+    if wanted > limit:
+        raise UserError(
+            f"the model and its optimizer state take {wanted / 2**30:,.1f} GiB, but the device "
+            f"({device.device_kind}) has {limit / 2**30:,.1f}; choose a smaller model"
+        )
 
 
 def initial_state(experiment: Experiment) -> State:

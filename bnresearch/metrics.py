@@ -194,10 +194,16 @@ def progress(kind: str = "auto", stream: TextIO | None = None) -> Progress:
       kind: "bar", "lines" or "off"; "auto" is a bar on a terminal and lines elsewhere.
       stream: where to, stderr by default, so that what a command prints can be piped.
     """
+    check_progress(kind)
     stream = sys.stderr if stream is None else stream
     if kind == "auto":
         kind = "bar" if stream.isatty() else "lines"
-    return lookup(PROGRESS, kind, "progress display")(stream)
+    return PROGRESS[kind](stream)
+
+
+def check_progress(kind: str) -> None:
+    """Refuses an unknown kind of display, before anything is written."""
+    lookup({"auto": None, **PROGRESS}, kind, "progress display")
 
 
 class _Rate:

@@ -10,25 +10,22 @@ Reports read run folders, so this module imports neither jax nor flax.
 """
 
 import fcntl
-import functools
 import json
 import math
 import os
-import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bnresearch import provenance
 from bnresearch.errors import UserError
 
 SCHEMA = 1
 STATUSES = ("running", "done", "diverged", "failed", "stopped")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bnresearch")
+FILES = ("config.json", "status.json", "result.json", "lock", "metrics.jsonl")
+FOLDERS = ("checkpoints", "tensorboard")
 SHOWN = 10  # how many differing keys a message lists
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 ELSEWHERE = "choose another with --workdir"
@@ -44,6 +41,10 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class RunFolder:
@@ -76,9 +77,9 @@ class RunFolder:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "command": self._command,
-            "commit": _commit(),
-            "versions": _versions(),
-            "device": _device(),
+            "commit": provenance.commit(),
+            "versions": provenance.versions(),
+            "device": provenance.device(),
         }
         write_json(self.path / "status.json", about | extra)
 
@@ -120,6 +121,7 @@ def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[s
     path = _path(workdir)
     _check_usable(path)
     _check_config(path, plain)
+    _check_contents(path)
     lock = _take_lock(path)
     try:
         _check_config(path, plain)  # again: the process before us may have written it meanwhile
@@ -149,8 +151,16 @@ def read_status(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def read_result(workdir: str | Path) -> dict[str, Any] | None:
-    """result.json, or None for a run that has not ended."""
-    return _read_if_there(_path(workdir) / "result.json")
+    """result.json, or None for a run that has not ended; UserError where it is no result."""
+    path = _path(workdir) / "result.json"
+    result = _read_if_there(path)
+    if result is not None and not (
+        result.get("status") in STATUSES and isinstance(result.get("step"), int)
+    ):
+        raise UserError(
+            f"{path} has no status or no step: it was changed by hand; remove it to train again"
+        )
+    return result
 
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:
@@ -221,7 +231,12 @@ def restored(value: Any) -> Any:
 def _path(workdir: str | Path) -> Path:
     if not str(workdir) or "\0" in str(workdir):
         raise UserError(f"workdir {str(workdir)!r} is not a path: give a folder, such as runs/a")
-    return Path(os.path.abspath(Path(workdir).expanduser()))
+    try:
+        return Path(os.path.abspath(Path(workdir).expanduser()))
+    except RuntimeError as error:  # "~somebody" without such a user
+        raise UserError(
+            f"workdir {str(workdir)!r} names no folder: {error}; {ELSEWHERE}"
+        ) from error
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,7 +257,8 @@ def _check_usable(path: Path) -> None:
     try:
         nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
         if not nearest.is_dir():
-            what = "is a file" if nearest == path else f"lies below {nearest}, which is a file"
+            kind = "a file" if nearest.exists() else "a link to nothing"
+            what = f"is {kind}" if nearest == path else f"lies below {nearest}, which is {kind}"
             raise UserError(f"workdir {path} {what}; {ELSEWHERE}")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"workdir {path}: {nearest} is not writable; {ELSEWHERE}")
@@ -266,6 +282,19 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         f"workdir {path} holds a run of another config; {ELSEWHERE}, or use its values:\n"
         + "\n".join(lines)
     )
+
+
+def _check_contents(path: Path) -> None:
+    """Refuses a run in which a file stands for a folder or the reverse, or with a broken result."""
+    for names, right, kind in ((FILES, os.path.isfile, "file"), (FOLDERS, os.path.isdir, "folder")):
+        for name in names:
+            if os.path.lexists(path / name) and not right(path / name):
+                raise UserError(
+                    f"{path / name} is no {kind}, as it has to be in a run; move it away, or "
+                    f"{ELSEWHERE}"
+                )
+    if path.is_dir():
+        read_result(path)
 
 
 def _check_empty(path: Path) -> None:
@@ -341,54 +370,3 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
         except OSError:
             continue  # never made, or somebody else's by now
-
-
-# ---- What runs where
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@functools.cache
-def _versions() -> dict[str, str | None]:
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device() -> dict[str, Any] | None:
-    """Kind and count of the devices, if this process uses jax at all."""
-    if "jax" not in sys.modules:
-        return None
-    devices = sys.modules["jax"].devices()
-    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
-
-
-@functools.cache
-def _commit() -> str | None:
-    """The git commit of this source ("...-dirty" if changed), else the package version.
-
-    Only where git tracks this very file: an installed copy may lie in somebody else's repository.
-    """
-    here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
-        commit = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        if commit:
-            return commit
-    version = _version("bnresearch")
-    return f"version {version}" if version else None
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", *arguments]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

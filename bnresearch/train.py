@@ -26,7 +26,7 @@ from bnresearch.experiment import (
     prepare,
     train_feed,
 )
-from bnresearch.metrics import Metrics, progress
+from bnresearch.metrics import Metrics, check_progress, progress
 from bnresearch.rundir import RunFolder, open_run, read_result, read_status
 from bnresearch.state import State, empty_meter
 
@@ -56,6 +56,7 @@ def run(
       Diverged: the loss, a gradient or a statistic is not finite; recorded in the run folder.
       Stopped: SIGTERM or Ctrl-C; the state is saved and the same call goes on.
     """
+    check_progress(show)
     enable_compilation_cache()
     experiment = prepare(config)
     try:
@@ -69,7 +70,7 @@ def run(
             if (read_status(workdir) or {}).get("status") != result["status"]:
                 folder.set_status(result["status"], result["step"], result.get("message"))
             if result["status"] == "diverged":
-                raise Diverged(result["step"], result["message"])
+                raise Diverged(result["step"], result.get("message", "no reason kept"))
             return result
     finally:
         if experiment.program.dataset.sharded_feed:

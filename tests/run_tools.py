@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a short run's command, and readers of its folder."""
+"""What the tests of whole runs and of refusals share: commands, and readers of a run's folder."""
 
 import json
 from pathlib import Path
@@ -38,3 +38,23 @@ def snapshot(workdir):
     """All files and when they changed, but for the lock, which says who looked last."""
     files = [path for path in sorted(workdir.rglob("*")) if path.name != "lock"]
     return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in files}
+
+
+def train(*overrides, config=DIGITS, workdir="run/a"):
+    """The command that is to be refused."""
+    short = ["train.duration=3st", "train.log_every=3st"]
+    return [
+        "train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *(f"--config.{item}" for item in (*short, *overrides)),
+    ]
+
+
+def assert_one_message(text, parts, lines=1):
+    assert text.startswith("error: ")
+    assert text.endswith("\n")
+    assert text.count("\n") == lines
+    assert "Traceback" not in text
+    for part in parts:
+        assert part in text, text

@@ -4,19 +4,14 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import jax
 import pytest
+from run_tools import DIGITS, ROOT, assert_one_message, train
 
-from bnresearch import __main__ as cli
 from bnresearch import config as configs
 from bnresearch.errors import UserError
-from bnresearch.rundir import open_run
 from bnresearch.train import run
 
-ROOT = Path(__file__).parent.parent
-DIGITS = str(ROOT / "configs" / "digits_mlp.py")
 ONE = "parallel.devices=1"  # where devices do not matter
 EIGHT = "parallel.devices=8"
 
@@ -31,7 +26,9 @@ OVERRIDES = {
     "optim.sgd.nesterov=maybe": ("optim.sgd.nesterov='maybe'", "no bool", "such as False"),
     "model.mlp.widths=(8, 1.5)": ("item of model.mlp.widths=1.5", "type float, not int"),
     "model.mlp.widths=(8, 'a')": ("item of model.mlp.widths='a'", "type str, not int"),
-    "model=3": ("config.model=3", "not a dict"),
+    "model=3": ("model is a group of keys", "did you mean one of its keys"),
+    "optim.schedule=cosine": ("did you mean optim.schedule.name=cosine?",),
+    "data={}": ("data is a group of keys", "did you mean one of its keys"),
     # Names, each with the list.
     "norm.kind=bach": ("norm.kind 'bach'", "batch, group, layer, none"),
     "model.name=mpl": ("model.name 'mpl'", "mlp, plain, resnet"),
@@ -52,6 +49,7 @@ OVERRIDES = {
     "optim.learning_rate=-0.1": ("optim.learning_rate=-0.1 is negative", "give 0 or more"),
     "optim.learning_rate=nan": ("optim.learning_rate=nan is not a finite number",),
     "optim.learning_rate=inf": ("optim.learning_rate=inf is not a finite number",),
+    "optim.learning_rate=1e39": ("optim.learning_rate=1e+39 is too large", "up to 3.4e+38"),
     "optim.weight_decay=-1": ("optim.weight_decay=-1.0 is negative",),
     "optim.weight_decay=nan": ("optim.weight_decay=nan is not a finite number",),
     "optim.clip_norm=-1": ("optim.clip_norm=-1.0 is negative",),
@@ -71,6 +69,11 @@ OVERRIDES = {
     "data.batch_size=0": ("data.batch_size=0", "at least 1"),
     "data.batch_size=5000": ("data.batch_size is 5000", "1298 training examples", "smaller"),
     "data.eval_batch_size=0": ("data.eval_batch_size is 0", "at least 1"),
+    "data.batch_size=3000000000": ("data.batch_size is 3000000000", "below 2**31"),
+    "data.eval_batch_size=3000000000": ("data.eval_batch_size is 3000000000", "below 2**31"),
+    "data.eval_batch_size=200000000": ("eval_batch_size=200000000", "48 GiB", "smaller batches"),
+    "data.image_size=200000": ("data.image_size is 200000", "below 2**15"),
+    "data.image_size=20000": ("data.batch_size=60", "89 GiB", "(data.image_size)"),
     "seed=-1": ("seed=-1 is negative",),
     "seed=2147483648": ("seed=2147483648 is too large", "below 2**31"),
     "train.accumulate=0": ("train.accumulate=0", "at least 1"),
@@ -124,6 +127,16 @@ COMBINATIONS = [
         (ONE, "data.name=synthetic", "data.synthetic.shape=(8, 8)"),
         ("data.synthetic.shape is (8, 8)", "(height, width, channels)"),
     ),
+    (
+        (
+            ONE,
+            "data.name=synthetic",
+            "data.synthetic.shape=(128, 128, 3)",
+            "data.synthetic.examples=1000000",
+            "data.in_memory=yes",
+        ),
+        ("data.in_memory=yes", "49,152 pixel values", "57 GiB", "in_memory=no"),
+    ),
 ]
 
 # Refused while the step is traced: before anything is compiled, but not before anything is loaded.
@@ -148,6 +161,7 @@ TRACED = [
         ("norm.layer.over 'batch'", "example", "features"),
     ),
     ((ONE, "data.batch_size=1"), ("one single value", "larger batch", "norm.kind=group|layer")),
+    ((ONE, "model.mlp.widths=(3000000000,)"), ("GiB", "smaller model")),
     ((ONE, "train.accumulate=60"), ("one single value", "larger batch")),
     *(
         (
@@ -190,103 +204,7 @@ def get_config():
     config = default_config()
 """
 
-FLAGS = [
-    (("trian",), ("verb 'trian'", "eval, list, train")),
-    (("train", f"--config={DIGITS}"), ("--workdir is missing", "--help")),
-    (("train", "--workdir=w"), ("--config is missing", "--help")),
-    (("train", f"--config={DIGITS}", "--workdir="), ("--workdir is missing",)),
-    (("train", f"--config={DIGITS}", "--workdir=w", "--seed=1"), ("--seed", "--help")),
-    (("train", f"--config={DIGITS}", "--workdir=w", "again"), ("'again'", "--help")),
-    (("train", f"--config={DIGITS}", "--workdir=w", "--progress=loud"), ("loud", "auto|bar|lines")),
-    (("train", f"--config={DIGITS}", "--workdir=w", "--config.seed"), ("--config.seed", "--help")),
-    (("train", "--config=no.py", "--workdir=w"), ("'no.py' does not exist", "list configs")),
-    (("train", "--config", "no.py", "--workdir=w"), ("'no.py' does not exist", "list configs")),
-    (("train", "--config=.", "--workdir=w"), ("'.' does not exist", "list configs")),
-    (("train", "--config=notes.txt", "--workdir=w"), ("'notes.txt' is not a Python file",)),
-    (("eval",), ("--workdir is missing",)),
-    (("eval", "--workdir=absent"), ("absent is not a run folder", "config.json")),
-    (("eval", "--workdir=empty"), ("empty is not a run folder", "config.json")),
-    (("eval", "--workdir=notes.txt"), ("notes.txt is not a run folder",)),
-    (("eval", "--workdir=run"), ("run has no checkpoint", "bnresearch train")),
-    (("eval", "--workdir=run", "--stats=median"), ("--stats 'median'", "batch, running")),
-    (("eval", "--workdir=run", "--split=dev"), ("--split 'dev'", "test, train, validation")),
-    (("eval", "--workdir=run", "--config.seed=1"), ("--config.seed", "--help")),
-    (("eval", "--workdir=old"), ("schema 0", "status.json")),
-    (("eval", "--workdir=torn"), ("config.json is not JSON",)),
-    (("list",), ("thing to list ''", "configs, datasets, models")),
-    (("list", "layers"), ("thing to list 'layers'", "norms")),
-    (("list", "norms", "models"), ("'models'", "one thing")),
-    (("list", "norms", "--all"), ("--all", "--help")),
-]
-
-WORKDIRS = {
-    "/proc/bnresearch/run": ("/proc/bnresearch/run", "--workdir"),
-    "notes.txt": ("notes.txt is a file", "--workdir"),
-    "notes.txt/run": ("lies below", "which is a file", "--workdir"),
-    "full": ("neither empty nor a run", "thesis.tex", "--workdir"),
-    "other": ("another config", "seed: there 7, now 0", "optim.learning_rate: there 0.5, now 0.1"),
-    "in_use": (f"in use by process {os.getpid()}", "--workdir"),
-    "x" * 300: ("too long", "--workdir"),
-}
-
-
 COMPILED_BY_TRAINING = {"jit(init)", "jit(run)"}  # the state, and the step in its loop
-
-
-@pytest.fixture
-def compiled():
-    """The names of what jax has compiled since the test began."""
-    names = []
-
-    def listen(event, duration, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """``refused(argv, *parts)``: the command is refused in one message with these parts."""
-    monkeypatch.chdir(tmp_path)
-
-    def check(argv, *parts, lines=1):
-        before = snapshot(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["bnresearch", *argv])
-        assert cli.main() == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert_one_message(printed.err, parts, lines)
-        assert snapshot(tmp_path) == before
-
-    return check
-
-
-def snapshot(folder):
-    """Every path below ``folder`` with when it was changed and what it holds."""
-    paths = sorted(folder.rglob("*"))
-    return [(p, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in paths]
-
-
-def assert_one_message(text, parts, lines=1):
-    assert text.startswith("error: ")
-    assert text.endswith("\n")
-    assert text.count("\n") == lines
-    assert "Traceback" not in text
-    for part in parts:
-        assert part in text
-
-
-def train(*overrides, config=DIGITS, workdir="run/a"):
-    short = ["train.duration=3st", "train.log_every=3st"]
-    return [
-        "train",
-        f"--config={config}",
-        f"--workdir={workdir}",
-        *(f"--config.{item}" for item in (*short, *overrides)),
-    ]
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
@@ -327,40 +245,6 @@ def test_a_config_file_with_a_bad_line_is_refused(line, tmp_path, refused):
     refused(train(ONE, config="mine.py"), *LINES[line])
 
 
-@pytest.mark.parametrize(("argv", "parts"), FLAGS)
-def test_a_bad_flag_is_refused(argv, parts, tmp_path, refused, compiled):
-    (tmp_path / "notes.txt").write_text("not a config, not a folder")
-    (tmp_path / "empty").mkdir()
-    open_run(tmp_path / "run", configs.resolve(configs.default_config()), []).close()
-    for name, text in {"old": '{"schema": 0}', "torn": '{"schema": '}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(text)
-    refused(argv, *parts)
-    assert compiled == []
-
-
-@pytest.mark.parametrize("workdir", [pytest.param(name, id=name[:20]) for name in WORKDIRS])
-def test_a_bad_workdir_is_refused(workdir, tmp_path, refused):
-    (tmp_path / "notes.txt").write_text("a file")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("mine")
-    here = configs.load(DIGITS, [ONE, "train.duration=3st", "train.log_every=3st"])
-    other = here.copy_and_resolve_references()
-    other.update(seed=7)
-    other.optim.learning_rate = 0.5
-    open_run(tmp_path / "other", configs.resolve(other), []).close()
-    with open_run(tmp_path / "in_use", configs.resolve(here), []):
-        refused(
-            train(ONE, workdir=workdir), *WORKDIRS[workdir], lines=3 if workdir == "other" else 1
-        )
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_workdir_without_permission_is_refused(tmp_path, refused):
-    (tmp_path / "locked").mkdir(mode=0o555)
-    refused(train(ONE, workdir="locked/run"), "locked is not writable", "--workdir")
-
-
 def test_a_known_dataset_that_is_absent_is_refused_quickly_without_network(
     tmp_path, monkeypatch, refused
 ):
@@ -380,6 +264,8 @@ def test_a_program_gets_the_same_words_as_an_exception(tmp_path):
     config.norm.kind = "bach"
     with pytest.raises(UserError, match="unknown norm.kind 'bach'; choose one of: batch, group"):
         run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="display 'loud'; choose one of: auto, bar, lines, off"):
+        run(configs.load(DIGITS, [ONE]), tmp_path / "run", show="loud")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -389,7 +275,7 @@ def test_a_program_gets_the_same_words_as_an_exception(tmp_path):
     [
         (train("optim.learning_rat=1"), OVERRIDES["optim.learning_rat=0.1"]),
         (train(config="no.py"), ("'no.py' does not exist",)),
-        (train(workdir="/proc/bnresearch/run"), WORKDIRS["/proc/bnresearch/run"]),
+        (train(workdir="/proc/bnresearch/run"), ("/proc/bnresearch/run", "--workdir")),
         (train("norm.kind=group"), ("norm.group.groups=32", "100 features")),
     ],
 )

@@ -126,6 +126,27 @@ def test_the_list_of_configs_has_every_file_with_its_first_line(command, monkeyp
         assert len(line.split(None, 1)) == 2
 
 
+def test_the_list_of_configs_says_which_cannot_be_read(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "folder.py").mkdir(parents=True)
+    files = {
+        "fine": b'"""Fine."""',
+        "latin": b'# coding: latin-1\n"""Gr\xfcn."""',
+        "syntax": b"def get_config(:",
+        "bytes": b'"""Gr\xfcn."""',
+        "null": b"\0",
+    }
+    for name, content in files.items():
+        (tmp_path / "configs" / f"{name}.py").write_bytes(content)
+    code, out, err = command("list", "configs")
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, err, len(rows)) == (0, "", 6)
+    assert rows["configs/fine.py"] == "Fine."
+    assert rows["configs/latin.py"] == "Grün."
+    for name in ("syntax", "bytes", "null", "folder"):
+        assert rows[f"configs/{name}.py"].startswith("(cannot be read: ")
+
+
 def test_the_list_of_configs_is_found_from_elsewhere(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     _, out, _ = command("list", "configs")

@@ -29,20 +29,6 @@ CHOICES = [
 ]
 
 
-@pytest.fixture
-def compiled():
-    """The names of what jax has compiled since the test began."""
-    names = []
-
-    def listen(event, duration, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def at(tree, key):
     for part in key.split("."):
         tree = tree[part]
@@ -139,6 +125,12 @@ def test_overrides_are_read_as_the_type_of_the_default():
     )
     assert values == (1.0, (8,), True, "7st")
     assert isinstance(config.optim.learning_rate, float)
+
+
+@pytest.mark.parametrize("override", ["--config.seed=1", "--seed=1", "seed", "=1", ""])
+def test_an_override_in_a_program_is_a_key_and_a_value(override):
+    with pytest.raises(UserError, match=r"is not of the form key=value; write it without dashes"):
+        configs.load(DIGITS, [override])
 
 
 # ---- The hash

@@ -33,6 +33,7 @@ FORBIDDEN = {
     "report": ("jax", "flax", "bnresearch.models", "bnresearch.train"),  # reads files and numbers
     "verdict": ("jax", "flax", "bnresearch.models", "bnresearch.train"),
     "rundir": ("jax", "flax"),
+    "provenance": ("jax", "flax"),
     "metrics": ("jax", "flax"),
     "errors": ("bnresearch",),
 }

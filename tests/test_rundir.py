@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bnresearch import rundir
+from bnresearch import provenance, rundir
 from bnresearch.errors import UserError
 
 CONFIG = {"seed": 1, "data": {"name": "digits", "shape": (8, 8)}, "optim": {"rate": 0.1}}
@@ -81,7 +81,7 @@ def test_status_says_what_runs_where(tmp_path):
     assert status["pid"] == os.getpid()
     assert status["command"] == ["bnresearch", "train"]
     assert status["versions"]["jax"] == jax.__version__
-    assert set(status["versions"]) == {"python", *rundir.PACKAGES}
+    assert set(status["versions"]) == {"python", *provenance.PACKAGES}
     assert status["device"] == {"platform": "cpu", "kind": "cpu", "count": 8}
     assert first["started"] == status["started"]
     times = [datetime.fromisoformat(s) for s in (first["heartbeat"], status["heartbeat"])]
@@ -98,7 +98,8 @@ def test_an_unknown_status_is_a_mistake(tmp_path):
 
 
 def test_a_result_is_valid_json_and_keeps_what_is_not_finite(tmp_path):
-    result = {"metrics": {"test": {"loss": math.nan, "rates": [math.inf, -math.inf, 1.5]}}}
+    scores = {"test": {"loss": math.nan, "rates": [math.inf, -math.inf, 1.5]}}
+    result = {"status": "done", "step": 3, "metrics": scores}
     with rundir.open_run(tmp_path, CONFIG, []) as run:
         assert rundir.read_result(tmp_path) is None
         run.write_result(result)
@@ -219,6 +220,13 @@ def test_a_file_is_refused(tmp_path, below):
     assert contents(tmp_path) == {tmp_path / "file": b"precious"}
 
 
+def test_a_link_to_nothing_is_called_that(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"link is a link to nothing; choose another"):
+        rundir.open_run(tmp_path / "link", CONFIG, [])
+    assert os.listdir(tmp_path) == ["link"]
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"neither empty nor a run.*thesis\.tex"):
@@ -330,20 +338,20 @@ def git(folder, *arguments):
 
 
 def test_commit_is_that_of_the_source_and_says_if_it_was_changed(tmp_path, monkeypatch):
-    source = tmp_path / "package" / "rundir.py"
+    source = tmp_path / "package" / "provenance.py"
     source.parent.mkdir()
     source.write_text("x = 1\n")
-    monkeypatch.setattr(rundir, "__file__", str(source))
-    monkeypatch.setattr(rundir, "_version", lambda package: "1.2.3")
+    monkeypatch.setattr(provenance, "__file__", str(source))
+    monkeypatch.setattr(provenance, "_version", lambda package: "1.2.3")
     git(tmp_path, "init")
-    assert rundir._commit.__wrapped__() == "version 1.2.3"  # in a repository, but not of it
+    assert provenance.commit.__wrapped__() == "version 1.2.3"  # in a repository, but not of it
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     git(tmp_path, "tag", "v1")
-    commit = rundir._commit.__wrapped__()
+    commit = provenance.commit.__wrapped__()
     assert len(commit) == 40
     assert set(commit) <= set("0123456789abcdef")
     source.write_text("x = 2\n")
-    assert rundir._commit.__wrapped__() == commit + "-dirty"
+    assert provenance.commit.__wrapped__() == commit + "-dirty"
     monkeypatch.setenv("PATH", "")
-    assert rundir._commit.__wrapped__() == "version 1.2.3"  # no git
+    assert provenance.commit.__wrapped__() == "version 1.2.3"  # no git

@@ -40,6 +40,9 @@ DEFAULTS: dict[str, Any] = {
 AUGMENTS = ("none", "crop", "crop_flip")
 IN_MEMORY = ("auto", "yes", "no")
 
+# More than this is taken for a slip: one batch in float32, or a set held in memory.
+MOST_BYTES = 32 * 2**30
+
 # What "auto" still puts on the device: four times CIFAR-10 at 64x64.
 IN_MEMORY_BYTES = 2 * 2**30
 
@@ -53,7 +56,9 @@ def load(config: Mapping[str, Any]) -> Dataset:
     check(config)
     opener = DATASETS.get(config["name"], _tfds)
     source = opener(config)
-    if _streams(source, config):
+    streams = _streams(source, config)
+    _check_memory(source, config, streams)
+    if streams:
         from bnresearch.data.stream import Stream
 
         return Stream(source, config)
@@ -66,36 +71,57 @@ def check(config: Mapping[str, Any]) -> None:
     """Refuses values that no dataset can take, before anything is read."""
     lookup(dict.fromkeys(AUGMENTS), config["augment"], "data.augment")
     lookup(dict.fromkeys(IN_MEMORY), config["in_memory"], "data.in_memory")
-    for field, least in _LEAST.items():
+    for field, (least, end) in _RANGES.items():
         if config[field] < least:
             raise UserError(f"data.{field} is {config[field]}, but must be at least {least}")
+        if config[field] >= end:
+            shown = f"2**{end.bit_length() - 1}"
+            raise UserError(f"data.{field} is {config[field]}, but must be below {shown}")
     if not 0 < config["validation_fraction"] < 1:
         raise UserError(
             f"data.validation_fraction is {config['validation_fraction']}, but must lie between "
             "0 and 1: it is the part of the training examples that is held out to choose with"
         )
-    if config["split_seed"] >= 2**32:
-        raise UserError(f"data.split_seed is {config['split_seed']}, but must be below 2**32")
 
 
-_LEAST = {
-    "batch_size": 1,
-    "eval_batch_size": 1,
-    "split_seed": 0,
-    "pad": 0,
-    "image_size": 0,
-    "workers": -1,
+# From the first number up to, and without, the second. Positions in a batch are int32.
+_RANGES = {
+    "batch_size": (1, 2**31),
+    "eval_batch_size": (1, 2**31),
+    "split_seed": (0, 2**32),
+    "pad": (0, 2**15),
+    "image_size": (0, 2**15),
+    "workers": (-1, 2**10),
 }
 
 
 def _streams(source: Source, config: Mapping[str, Any]) -> bool:
     if config["in_memory"] != "auto":
         return config["in_memory"] == "no"
-    height, width, channels = source.shape
-    if height is None or width is None:
+    if None in source.shape:
         return True
-    pixels = config["image_size"] ** 2 or height * width
-    return sum(source.lengths.values()) * pixels * channels > IN_MEMORY_BYTES
+    return sum(source.lengths.values()) * _picture_bytes(source, config) > IN_MEMORY_BYTES
+
+
+def _picture_bytes(source: Source, config: Mapping[str, Any]) -> int:
+    """The bytes of one picture as the model sees it, in uint8; 0 where sizes differ."""
+    height, width, channels = source.shape
+    return (config["image_size"] ** 2 or (height or 0) * (width or 0)) * channels
+
+
+def _check_memory(source: Source, config: Mapping[str, Any], streams: bool) -> None:
+    """Refuses what no machine here can hold: in float32 one batch, in uint8 a set in memory."""
+    picture = _picture_bytes(source, config)
+    sizes = {f"data.{key}": 4 * config[key] * picture for key in ("batch_size", "eval_batch_size")}
+    if not streams:
+        sizes["data.in_memory"] = sum(source.lengths.values()) * picture
+    for key, size in sizes.items():
+        if size > MOST_BYTES:
+            raise UserError(
+                f"{key}={config[key.removeprefix('data.')]} with pictures of {picture:,} pixel "
+                f"values takes {size / 2**30:,.0f} GiB, at most {MOST_BYTES // 2**30} can be held; "
+                "choose smaller pictures (data.image_size), smaller batches, or in_memory=no"
+            )
 
 
 def _digits(config: Mapping[str, Any]) -> Source:

@@ -129,7 +129,10 @@ def _by_code(name: str, known: Iterable[str]) -> Any:
         ) from error
     # An unknown config, a version that is gone, a builder that needs TensorFlow, ...
     except Exception as error:
-        raise UserError(f"dataset {name!r} cannot be opened: {_why(error)}") from error
+        raise UserError(
+            f"dataset {name!r} cannot be opened: {_why(error)}; write name, name/config or "
+            "name:1.2.3 as the catalogue of TensorFlow Datasets has them"
+        ) from error
 
 
 def _stored_splits(builder: Any) -> dict[str, str]:
@@ -286,6 +289,10 @@ def _why(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
+    # Of what TFDS says, without all arguments before and the list that follows on further lines.
+    text = re.sub(
+        r"^Failed to construct dataset .*?}\": |\. Here are \d+ BuilderConfigs.*:$", "", text
+    )
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
