@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,63 +83,64 @@ def _list(values: flags.FlagValues, argv: list[str]) -> None:
     rows = lookup(LISTS, what, "thing to list")()
     if others:
         raise UserError(f"unexpected argument {others[0]!r}; list takes one thing at a time")
+    width = max(len(name) for name, _ in rows)
     for name, summary in rows:
-        print(f"{name:22s} {summary}")
+        print(f"{name:{width}s}  {summary}")
 
 
 def _summary(thing: object) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].split("\n")[0]
 
 
-def _norms() -> Iterable[tuple[str, str]]:
+def _norms() -> list[tuple[str, str]]:
     from bnresearch.norm import NORMS
 
     return [(name, _summary(kind.function)) for name, kind in NORMS.items()]
 
 
-def _models() -> Iterable[tuple[str, str]]:
+def _models() -> list[tuple[str, str]]:
     from bnresearch.models import MODELS
 
     return [(name, _summary(entry.module)) for name, entry in MODELS.items()]
 
 
-def _datasets() -> Iterable[tuple[str, str]]:
+def _datasets() -> list[tuple[str, str]]:
     from bnresearch.data import describe
 
     return describe()
 
 
-def _tasks() -> Iterable[tuple[str, str]]:
+def _tasks() -> list[tuple[str, str]]:
     from bnresearch.tasks import TASKS
 
     return [(name, _summary(task)) for name, task in TASKS.items()]
 
 
-def _optimizers() -> Iterable[tuple[str, str]]:
+def _optimizers() -> list[tuple[str, str]]:
     from bnresearch.optim import OPTIMIZERS
 
     return [(name, f"options {dict(entry.options)}") for name, entry in OPTIMIZERS.items()]
 
 
-def _schedules() -> Iterable[tuple[str, str]]:
+def _schedules() -> list[tuple[str, str]]:
     from bnresearch.optim import SCHEDULES
 
     return [(name, f"options {dict(entry.options)}") for name, entry in SCHEDULES.items()]
 
 
-def _modes() -> Iterable[tuple[str, str]]:
+def _modes() -> list[tuple[str, str]]:
     from bnresearch.parallel import MODES
 
     return [(name, _summary(layout)) for name, layout in MODES.items()]
 
 
-def _stats() -> Iterable[tuple[str, str]]:
+def _stats() -> list[tuple[str, str]]:
     from bnresearch.evaluate import STATS
 
     return [(name, _summary(make)) for name, make in STATS.items()]
 
 
-def _configs() -> Iterable[tuple[str, str]]:
+def _configs() -> list[tuple[str, str]]:
     beside = Path(__file__).resolve().parent.parent / "configs"
     folder = Path("configs") if Path("configs").is_dir() else beside
     rows = []
@@ -156,7 +157,7 @@ def _first_doc_line(path: Path) -> str:
     return (ast.get_docstring(tree) or "").split("\n")[0]
 
 
-LISTS: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "norms": _norms,
     "models": _models,
     "datasets": _datasets,

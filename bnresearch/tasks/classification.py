@@ -11,7 +11,10 @@ Batch = Mapping[str, jax.Array]
 
 
 class Classification:
-    """Batches of ``image`` ``[batch, height, width, channels]`` and ``label`` ``[batch]`` int32."""
+    """Single-label classification with softmax cross-entropy.
+
+    A batch is ``image`` ``[batch, height, width, channels]`` and ``label`` ``[batch]`` int32.
+    """
 
     OPTIONS: Mapping[str, Any] = dict(label_smoothing=0.0)
 

@@ -1,0 +1,89 @@
+"""The loss and metrics against numpy, bfloat16, and that every model learns real digits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_tools import DIGITS
+
+from bnresearch import config as configs
+from bnresearch.experiment import initial_state, prepare, train_feed
+from bnresearch.tasks.classification import Classification
+from bnresearch.train import run
+
+# Small nets of each kind, and a rate that suits them without a norm.
+MODELS = {
+    "mlp": ("model.mlp.widths=(32, 32)",),
+    "plain": ("model.plain.widths=(16, 32)", "model.plain.convs=(1, 1)"),
+    "resnet": ("model.resnet.depth=8", "model.resnet.width=0.5"),
+}
+WITHOUT_NORM = {"mlp": 0.05, "plain": 0.2, "resnet": 0.05}
+
+
+def softmax(logits):
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
+    logits = np.random.default_rng(0).normal(size=(6, 5)) * 3
+    label = np.array([0, 1, 2, 3, 4, 0])
+    target = (1 - smoothing) * np.eye(5)[label] + smoothing / 5
+    expected = -(target * np.log(softmax(logits))).sum(1).mean()
+    loss = Classification.loss(jnp.float32(logits), {"label": jnp.asarray(label)}, smoothing)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_count_every_unmasked_example_once():
+    logits = np.random.default_rng(1).normal(size=(6, 5)) * 3
+    label = logits.argmax(1)
+    label[1] = (label[1] + 1) % 5
+    mask = np.array([True, True, True, True, False, False])
+    batch = {"label": jnp.asarray(label), "mask": jnp.asarray(mask)}
+    metrics = Classification.metrics(
+        jax.device_get(Classification.sums(jnp.float32(logits), batch))
+    )
+    loss = -np.log(softmax(logits)[np.arange(6), label])[:4].mean()
+    assert metrics["count"] == 4
+    assert metrics["accuracy"] == 0.75
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def after_three_steps(*overrides):
+    config = configs.load(
+        DIGITS, ["parallel.devices=1", "model.name=resnet", *MODELS["resnet"], *overrides]
+    )
+    experiment = prepare(config)
+    state = initial_state(experiment)
+    for step in range(3):
+        feed = train_feed(experiment, step, 1)
+        state = experiment.program.train(state, feed, experiment.numbers, jnp.int32(1))
+    return jax.device_get(state)
+
+
+def test_bfloat16_computes_but_everything_that_is_kept_is_float32():
+    half, full = after_three_steps("dtype=bfloat16"), after_three_steps()
+    kept = jax.tree.leaves((half.params, half.batch_stats, half.opt_state))
+    assert {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
+    # bfloat16 has eight bits: the losses agree to about a percent, and not to float32's precision.
+    assert half.meter["loss"] == pytest.approx(full.meter["loss"], rel=0.02)
+    assert half.meter["loss"] != pytest.approx(full.meter["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batch", "none"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_learns_digits(model, kind, tmp_path):
+    overrides = [
+        "parallel.devices=1",
+        f"model.name={model}",
+        *MODELS[model],
+        f"norm.kind={kind}",
+        f"optim.learning_rate={0.1 if kind == 'batch' else WITHOUT_NORM[model]}",
+        "train.duration=8ep",
+        "train.eval_every=8ep",
+    ]
+    result = run(configs.load(DIGITS, overrides), tmp_path / "run", show="off")
+    assert result["metrics"]["test"]["count"] == 270
+    assert result["metrics"]["test"]["accuracy"] > 0.9
