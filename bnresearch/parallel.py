@@ -16,6 +16,7 @@ pmap       its device's rows      ``pmean`` of the gradients of the local losses
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -70,7 +71,7 @@ def pick_devices(count: int) -> list[jax.Device]:
     return devices[:count] if count else devices
 
 
-class Layout:
+class Layout(ABC):
     """How arrays lie on the devices and how a step runs over them; one subclass per mode.
 
     Attributes:
@@ -93,12 +94,18 @@ class Layout:
             )
         self.scope = self._make_scope(groups)
 
+    @abstractmethod
     def _make_scope(self, groups: int) -> Scope:
-        raise NotImplementedError
+        """The scope of statistics for ``groups`` groups of devices."""
 
     @property
     def device_count(self) -> int:
         return self.mesh.size
+
+    @property
+    def shares(self) -> int:
+        """In how many parts, handled by as many calls of the step, a batch comes."""
+        return self.device_count
 
     @property
     def microbatch(self) -> int:
@@ -108,17 +115,16 @@ class Layout:
     # What the step calls, traced.
     def rows(self) -> jax.Array:
         """Positions within the microbatch that this call of the step handles, ``[rows]`` int32."""
-        local = self.microbatch // self.device_count
-        return self._device_index() * local + jnp.arange(local)
+        local = self.microbatch // self.shares
+        return self._share() * local + jnp.arange(local)
 
-    def _device_index(self) -> jax.Array:
-        raise NotImplementedError
+    @abstractmethod
+    def _share(self) -> jax.Array | int:
+        """Which of the ``shares`` this call of the step handles."""
 
     def fold_key(self, key: jax.Array) -> jax.Array:
         """A random key of this device's own, for masks that are drawn per device (dropout)."""
-        if self.device_count == 1:
-            return key
-        return jax.random.fold_in(key, self._device_index())
+        return key if self.shares == 1 else jax.random.fold_in(key, self._share())
 
     def constrain(self, batch: Any) -> Any:
         """Spread a batch made inside the step over the devices."""
@@ -133,6 +139,7 @@ class Layout:
         return tree
 
     # What the loop calls.
+    @abstractmethod
     def compile(
         self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
     ) -> Callable[..., Any]:
@@ -141,7 +148,6 @@ class Layout:
         The feed is a batch from ``put_batch`` if ``sharded_feed``, else a tree from ``put``. The
         result is the same on every device. ``donate`` gives the state's memory to the result.
         """
-        raise NotImplementedError
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -179,11 +185,12 @@ class JitLayout(Layout):
     def _make_scope(self, groups: int) -> Scope:
         return Scope(splits=groups)
 
-    def rows(self) -> jax.Array:
-        return jnp.arange(self.microbatch)
+    @property
+    def shares(self) -> int:
+        return 1
 
-    def fold_key(self, key: jax.Array) -> jax.Array:
-        return key
+    def _share(self) -> int:
+        return 0
 
     def constrain(self, batch: Any) -> Any:
         if self.device_count == 1:
@@ -204,7 +211,7 @@ class ShardMapLayout(Layout):
     def _make_scope(self, groups: int) -> Scope:
         return Scope(merge="replica", pool="group")
 
-    def _device_index(self) -> jax.Array:
+    def _share(self) -> jax.Array:
         return jax.lax.axis_index(AXES)
 
     def mean_loss(self, loss: jax.Array) -> jax.Array:
@@ -236,7 +243,7 @@ class PmapLayout(Layout):
         merged = tuple(tuple(row) for row in indices.tolist())
         return Scope(merge=PMAP_AXIS, merge_groups=merged, pool=PMAP_AXIS)
 
-    def _device_index(self) -> jax.Array:
+    def _share(self) -> jax.Array:
         return jax.lax.axis_index(PMAP_AXIS)
 
     def mean_over_devices(self, tree: Any) -> Any:
