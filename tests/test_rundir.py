@@ -28,17 +28,22 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def start_owner(workdir):
-    """Another process that owns the folder."""
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+def start(code, workdir):
+    """Another process that runs ``code``, and the first line that it prints."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CODE, str(workdir)],
-        env=environment,
+        [sys.executable, "-c", code, str(workdir)],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
         stdout=subprocess.PIPE,
         text=True,
     )
     assert child.stdout is not None
-    assert child.stdout.readline() == "open\n"
+    return child, child.stdout.readline()
+
+
+def start_owner(workdir):
+    """Another process that owns the folder."""
+    child, line = start(CODE, workdir)
+    assert line == "open\n"
     return child
 
 
@@ -311,18 +316,11 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         "os.fork() or print(os.getpid(), flush=True);"  # the child, when it is quite there
         "time.sleep(30)"
     )
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    parent, line = start(code, tmp_path)
+    child = int(line)
     parent.kill()
     parent.wait()
-    parent.stdout.close()
+    parent.stdout.close()  # its other end is the child's as well: reading on would wait for it
     try:
         os.kill(child, 0)  # it lives
         rundir.open_run(tmp_path, {}, []).close()
