@@ -10,10 +10,15 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint, start, step
+from benchmarks import checkpoint, norms, start, step
 from benchmarks.measure import RESULTS, write
 
-PARTS: dict[str, ModuleType] = {"step": step, "start": start, "checkpoint": checkpoint}
+PARTS: dict[str, ModuleType] = {
+    "step": step,
+    "norms": norms,
+    "start": start,
+    "checkpoint": checkpoint,
+}
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
@@ -22,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Side-by-side measurements. Each part prints a table and writes "
-        "benchmarks/results/PART.json; without --quick its table in docs/performance.md follows.",
+        "benchmarks/results/PART.json (PART-gpu.json on a GPU); without --quick its table in "
+        "docs/performance.md follows.",
     )
     summaries = "; ".join(f"{name}: {summary(part)}" for name, part in PARTS.items())
     parser.add_argument("part", nargs="*", help=f"{summaries} (default: all)")
@@ -64,9 +70,9 @@ def update_page() -> None:
     """Put the results that there are between the marks of docs/performance.md."""
     page = PAGE.read_text()
     for name, part in PARTS.items():
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            body = markdown(part, json.loads(path.read_text()))
+        results = sorted(RESULTS.glob(f"{name}*.json"))
+        if found := [path for path in results if "-quick" not in path.name]:
+            body = "\n".join(markdown(part, json.loads(path.read_text())) for path in found)
             marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
             page = re.sub(marks, lambda m, body=body: m[1] + body + m[2], page, flags=re.S)
     PAGE.write_text(page)

@@ -74,8 +74,13 @@ def _processor() -> str:
 
 
 def write(part: str, result: Mapping[str, Any], quick: bool) -> Path:
-    """The result of a part as benchmarks/results/<part>.json; quick ones are kept apart."""
-    path = RESULTS / f"{part}{'-quick' if quick else ''}.json"
+    """The result of a part as benchmarks/results/<part>.json; those of accelerators and quick ones
+    are kept apart."""
+    import jax
+
+    platform = jax.default_backend()
+    where = "" if platform == "cpu" else f"-{platform}"
+    path = RESULTS / f"{part}{where}{'-quick' if quick else ''}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"part": part, **machine(), **result}, indent=2) + "\n")
     return path

@@ -93,9 +93,9 @@ def _summary(thing: object) -> str:
 
 
 def _norms() -> list[tuple[str, str]]:
-    from bnresearch.norm import NORMS
+    from bnresearch.handbook import listing
 
-    return [(name, _summary(kind.function)) for name, kind in NORMS.items()]
+    return listing()
 
 
 def _models() -> list[tuple[str, str]]:

@@ -1,8 +1,10 @@
 """Gradients of one optimizer step from microbatches, with two meanings of batch statistics.
 
 ``microbatch``: each microbatch is normalised with its own statistics (one microbatch = one ghost
-batch, Hoffer et al., 2017). The running statistics are updated once per step with those of the
-whole batch (mean of means, pooled second moment), so they do not depend on how many there are.
+batch, Hoffer et al., 2017). Running statistics that follow from mean and variance of the whole
+batch (`norm.Kind.update`) move once per step, with those moments pooled over the microbatches, so
+they do not depend on how many there are. The state of other kinds moves once per microbatch, in
+order.
 
 ``batch``: every microbatch is normalised with the exact statistics s of the whole batch, and the
 gradient flows through them, as if the batch had fitted into memory. s is the fixed point of
@@ -19,11 +21,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnresearch.norm import Stats, pool, update_running
+from bnresearch import norm
+from bnresearch.norm import NORMS, Stats, pool
+from bnresearch.sites import Choice
 
 Tree = Any
-# (params, statistics, microbatch index) -> (loss, moments of the sites with statistics)
-Forward = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Tree]]
+# (params, statistics, microbatch index) -> (loss, (moments of the sites with statistics, the
+# statistics afterwards)).
+Forward = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, tuple[Tree, Tree]]]
+
+# Running statistics so named move in the backward pass; the others in the forward pass.
+BACKWARD = "backward_"
 
 
 def site_moments(moments: Tree, batch_stats: Tree) -> Tree:
@@ -47,49 +55,88 @@ def pool_microbatches(moments: Tree) -> Tree:
     """Moments stacked by microbatch ``[microbatches, features]`` as those of the whole batch."""
 
     def pool_site(site: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return pool(Stats(site["mean"], site["var"]))._asdict() | {"count": site["count"].sum(0)}
+        counts = site["count"].reshape(site["count"].shape[0], -1)
+        pooled = pool(Stats(site["mean"], site["var"]), counts)
+        return pooled._asdict() | {"count": site["count"].sum(0)}
 
     return _each_site(pool_site, moments)
 
 
-def update_statistics(running: Tree, moments: Tree, decay: Any, correction: int) -> Tree:
-    """New running statistics from the pooled moments of the whole batch."""
+def update_statistics(
+    before: Tree, threaded: Tree, moments: Tree, choice_at: Callable[[str], Choice]
+) -> Tree:
+    """New running statistics of a step.
 
-    def update_site(old: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        stats = Stats(new["mean"], new["var"])
-        old_stats = Stats(old["mean"], old["var"])
-        updated = update_running(old_stats, stats, new["count"], decay=decay, correction=correction)
-        return updated._asdict()
+    Args:
+      before: the statistics at its beginning.
+      threaded: those that went through the microbatches one after the other.
+      moments: of the whole batch, at the input of every site.
+      choice_at: kind and options of the site at a path.
+    """
+    old, new = flatten_dict(before), flatten_dict(threaded)
+    found = flatten_dict(moments)
+    for site in {path[:-1]: None for path in old}:
+        choice = choice_at("/".join(site))
+        kind = NORMS[choice.kind]
+        if kind.update is None or kind.state is None:
+            continue
+        mean, var, count = (found[(*site, name)] for name in ("mean", "var", "count"))
+        start = kind.state(mean.shape[-1], choice.options)
+        names = [name for name, value in start._asdict().items() if value is not None]
+        running = start._replace(**{name: old[(*site, name)] for name in names})
+        moved = norm.update(kind, running, Stats(mean, var), count, choice.options)
+        new |= {(*site, name): getattr(moved, name) for name in names}
+    return unflatten_dict(new)
 
-    return _each_site(update_site, running, moments)
+
+def gradients(
+    forward: Forward, params: Tree, batch_stats: Tree, index: jax.Array
+) -> tuple[jax.Array, Tree, Tree, Tree]:
+    """Loss, gradient, moments and new running statistics of one microbatch.
+
+    The cotangent of a statistic named ``backward_...`` is by contract the step that it takes: what
+    a norm learns in its backward pass has no other way out.
+    """
+    flat = flatten_dict(batch_stats)
+    learned = {path for path in flat if path[-1].startswith(BACKWARD)}
+    wanted = (0, 1) if learned else (0,)
+    value = jax.value_and_grad(forward, wanted, has_aux=True)
+    (loss, (moments, stats)), cotangents = value(params, batch_stats, index)
+    if learned:
+        steps, new = flatten_dict(cotangents[1]), flatten_dict(stats)
+        new |= {path: flat[path] + steps[path] for path in learned}
+        stats = unflatten_dict(new)
+    return loss, cotangents[0], moments, stats
 
 
 def microbatch_gradients(
     forward: Forward, params: Tree, batch_stats: Tree, count: int, unroll: bool
-) -> tuple[jax.Array, Tree, Tree]:
-    """Loss, gradient and pooled moments; ``forward`` normalises each microbatch by its own."""
+) -> tuple[jax.Array, Tree, Tree, Tree]:
+    """Loss, gradient, pooled moments, and the statistics that went through all microbatches;
+    ``forward`` normalises each microbatch by its own."""
 
-    def body(carry: tuple[jax.Array, Tree], index: jax.Array) -> tuple[Any, Tree]:
-        value = jax.value_and_grad(forward, has_aux=True)
-        (loss, moments), gradient = value(params, batch_stats, index)
-        total = jax.tree.map(jnp.add, carry, (loss, gradient))
-        return total, moments
+    def body(carry: tuple[Any, Tree], index: jax.Array) -> tuple[Any, Tree]:
+        total, stats = carry
+        loss, gradient, moments, stats = gradients(forward, params, stats, index)
+        return (jax.tree.map(jnp.add, total, (loss, gradient)), stats), moments
 
     # The first microbatch outside the scan gives the carry its type (under shard_map the loss and
     # the gradients have lost their dependence on the device, zeros of our own would not say so).
-    first, first_moments = body(
-        jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), jnp.int32(0)
+    zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    first, first_moments = body((zero, batch_stats), jnp.int32(0))
+    (total, stats), rest = jax.lax.scan(
+        body, first, jnp.arange(1, count), unroll=count if unroll else 1
     )
-    total, rest = jax.lax.scan(body, first, jnp.arange(1, count), unroll=count if unroll else 1)
     moments = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first_moments, rest)
     loss, gradient = jax.tree.map(lambda x: x / count, total)
-    return loss, gradient, pool_microbatches(moments)
+    return loss, gradient, pool_microbatches(moments), stats
 
 
 def exact_gradients(
     forward: Forward, params: Tree, batch_stats: Tree, count: int, unroll: bool
-) -> tuple[jax.Array, Tree, Tree]:
-    """Loss, gradient and moments of the whole batch; ``forward`` normalises with given statistics.
+) -> tuple[jax.Array, Tree, Tree, Tree]:
+    """Loss, gradient and moments of the whole batch, and the statistics as they were; ``forward``
+    normalises with given statistics.
 
     With L the mean loss at given statistics, the adjoint a of the statistics solves
     ``a = dL/ds + (dS/ds)^T a`` and the gradient is ``dL/dparams + (dS/dparams)^T a``: both are the
@@ -99,9 +146,13 @@ def exact_gradients(
 
     def sweep(params: Tree, stats: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
         # Checkpointing keeps nothing of a microbatch but its index for the backward pass.
-        body = jax.checkpoint(lambda _, index: (None, forward(params, stats, index)))
+        def body(_: None, index: jax.Array) -> tuple[None, tuple[jax.Array, Tree]]:
+            given = unflatten_dict(flatten_dict(batch_stats) | flatten_dict(stats))
+            loss, (moments, _) = forward(params, given, index)
+            return None, (loss, moments)
+
         _, (losses, moments) = jax.lax.scan(
-            body, None, jnp.arange(count), unroll=count if unroll else 1
+            jax.checkpoint(body), None, jnp.arange(count), unroll=count if unroll else 1
         )
         pooled = pool_microbatches(moments)
         return (losses.mean(), _each_site(_mean_and_var, pooled)), pooled
@@ -109,7 +160,7 @@ def exact_gradients(
     def forward_sweep(_: int, stats: Tree) -> Tree:
         return sweep(params, stats)[0][1]
 
-    stats = jax.lax.fori_loop(0, sites, forward_sweep, batch_stats)
+    stats = jax.lax.fori_loop(0, sites, forward_sweep, _each_site(_mean_and_var, batch_stats))
     (loss, found), pull, pooled = jax.vjp(sweep, params, stats, has_aux=True)
     one = jnp.ones_like(loss)
 
@@ -117,7 +168,7 @@ def exact_gradients(
         return pull((one, adjoint))[1]
 
     adjoint = jax.lax.fori_loop(0, sites, backward_sweep, jax.tree.map(jnp.zeros_like, found))
-    return loss, pull((one, adjoint))[0], pooled
+    return loss, pull((one, adjoint))[0], pooled, batch_stats
 
 
 def _mean_and_var(site: dict[str, jax.Array]) -> dict[str, jax.Array]:

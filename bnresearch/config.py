@@ -16,12 +16,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bnresearch import config_file, data, models, optim, parallel, tasks
+from bnresearch import config_file, data, initialise, models, norm_config, optim, parallel, tasks
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
 
 # Part of every hash: raised when the meaning of a key or of a default changes.
-SCHEMA = 1
+SCHEMA = 2
 
 STATISTICS = ("microbatch", "batch")
 DTYPES = ("float32", "bfloat16")
@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
     "model": (models.MODELS, "name"),
     "norm": (NORMS, "kind"),
+    "init": (initialise.INITS, "name"),
     "optim": (optim.OPTIMIZERS, "name"),
     "optim.schedule": (optim.SCHEDULES, "name"),
     "task": (tasks.TASKS, "name"),
@@ -45,11 +46,8 @@ def default_config() -> ConfigDict:
             data=data.DEFAULTS,
             task=dict(name="classification", **tasks.options()),
             model=dict(name="mlp", **{name: models.options(name) for name in models.MODELS}),
-            norm=dict(
-                kind="batch",
-                scope="global",  # global | device | group:N devices
-                **{name: dict(kind.options) for name, kind in NORMS.items()},
-            ),
+            norm=norm_config.defaults(),
+            init=dict(name="he"),  # of the kernels: he | orthogonal | lsuv
             optim=optim.defaults(),
             train=dict(
                 duration="10ep",  # "10ep" epochs or "5000st" optimizer steps
@@ -173,15 +171,16 @@ def validate(config: ConfigDict) -> None:
     known = flatten(default_config())
     flat = flatten(config)
     _check_keys(flat, known)
+    known |= norm_config.typical()
     for key, value in flat.items():
-        _check_value(key, value, known[key])
+        if value is not None:  # what a preset decides
+            _check_value(key, value, known[key])
     for path, (table, key) in CHOICES.items():
         lookup(table, _at(config, path)[key], f"{path}.{key}")
     _check_choice("dtype", config.dtype, DTYPES)
     _check_choice("train.accumulate_statistics", config.train.accumulate_statistics, STATISTICS)
-    _check_choice("norm.batch.correction", config.norm.batch.correction, (0, 1))
     lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
-    parallel.parse_scope(config.norm.scope)
+    norm_config.validate(config)
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed} is too large; give a number below 2**31")
     for key in ("train.accumulate", "train.keep", "data.batch_size"):
@@ -190,13 +189,6 @@ def validate(config: ConfigDict) -> None:
     for key in ("duration", "log_every", "eval_every", "checkpoint_every"):
         optim.parse_duration(f"train.{key}", config.train[key], positive=True)
     optim.validate(config.optim)
-    exact = config.train.accumulate > 1 and config.train.accumulate_statistics == "batch"
-    if exact and NORMS[config.norm.kind].running and config.norm.scope != "global":
-        raise UserError(
-            f"train.accumulate_statistics=batch takes the statistics of the whole batch, but "
-            f"norm.scope={config.norm.scope} asks for smaller sets; choose norm.scope=global, or "
-            "accumulate_statistics=microbatch"
-        )
 
 
 def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -241,7 +233,6 @@ LARGEST = 3.4e38  # float32, in which all is computed, ends soon after
 
 # Numbers that must lie between 0 and 1; True where 1 itself is allowed.
 UNIT_INTERVAL = {
-    "norm.batch.decay": True,
     "optim.sgd.momentum": False,
     "optim.lars.momentum": False,
     "optim.adamw.b1": False,
@@ -277,8 +268,11 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
     resolved = json.loads(json.dumps({"schema": SCHEMA, **config.to_dict()}))
     for path, (table, key) in CHOICES.items():
         node = _at(resolved, path)
-        for name in table.keys() - {node[key]}:
+        kept = set(norm_config.kinds(config)) if path == "norm" else {node[key]}
+        for name in table.keys() - kept:
             node.pop(name, None)
+    for kind in norm_config.kinds(config):
+        resolved["norm"][kind] = norm_config.options(config, kind)
     for name in data.DATASETS.keys() - {config.data.name}:
         resolved["data"].pop(name, None)  # no choice of CHOICES: any TFDS name will do, too
     return resolved
@@ -297,7 +291,7 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
             f"{SCHEMA}; use the version of bnresearch that status.json of the run names"
         )
     config = default_config()
-    known, given = flatten(config), flatten(resolved)
+    known, given = flatten(config) | norm_config.typical(), flatten(resolved)
     for key, value in given.items():
         if key in known:
             value = tuple(value) if isinstance(value, list) else value
@@ -320,13 +314,11 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 # "leave this out", the step still compiles twice: with and without.
 NUMBERS = (
     "seed",
-    "norm.batch.decay",
-    "norm.batch.epsilon",
-    "norm.layer.epsilon",
-    "norm.group.epsilon",
+    *norm_config.numbers(),
     "optim.learning_rate",
     "optim.weight_decay",
     "optim.clip_norm",
+    "optim.agc",
     "optim.sgd.momentum",
     "optim.adamw.b1",
     "optim.adamw.b2",

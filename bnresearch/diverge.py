@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from bnresearch.experiment import Experiment, train_feed
 from bnresearch.state import State
-from bnresearch.step import build_model, dropout_key, microbatch
+from bnresearch.step import build_model, microbatch, random_keys
 
 
 def explain(experiment: Experiment, state: State) -> str:
@@ -38,7 +38,7 @@ def site_moments(experiment: Experiment, state: State) -> list[tuple[str, dict[s
                 {"params": state.params, "batch_stats": state.batch_stats},
                 layout.constrain(batch)["image"],
                 train=True,
-                rngs={"dropout": dropout_key(layout, numbers, state.step, place)},
+                rngs=random_keys(layout, numbers, state.step, place),
                 mutable=["moments", "batch_stats"],
             )
             found.append(seen["moments"])

@@ -12,10 +12,19 @@ from ml_collections import ConfigDict
 from bnresearch import config as configs
 from bnresearch import data, optim
 from bnresearch.errors import UserError
-from bnresearch.models import MODELS
-from bnresearch.parallel import AXES, Layout, make_layout, pick_devices
-from bnresearch.state import State
-from bnresearch.step import looped, make_eval_step, make_init, make_train_step, single
+from bnresearch.initialise import INITS
+from bnresearch.models import MODELS, check_arm
+from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices
+from bnresearch.state import INIT, State, stream
+from bnresearch.step import (
+    build_model,
+    check_rules,
+    looped,
+    make_eval_step,
+    make_init,
+    make_train_step,
+    single,
+)
 from bnresearch.tasks import TASKS
 
 Tree = Any
@@ -24,6 +33,10 @@ Tree = Any
 # Random draws take XLA's CPU compiler seconds at full optimisation, for something that runs once;
 # level 1 gives the same bits (level 0 does not).
 CPU_INIT = {"xla_backend_optimization_level": 1}
+
+# Of the first batch, on how many examples an initialiser that depends on data looks at most: enough
+# for one number per layer, and a forward pass that fits where the training does.
+FIRST_LOOK = 256
 
 
 class Feeder:
@@ -50,6 +63,7 @@ class Program(NamedTuple):
     schedule: optim.Schedule
     chunk: int  # training steps per compiled call
     init: Callable[[Tree], State]
+    forward: Callable[..., jax.Array]  # (params, batch_stats, image, numbers), as in training
     train: Callable[..., State]
     eval_steps: dict[str, Callable[..., Tree]]
     feeders: dict[str, Feeder]
@@ -91,7 +105,7 @@ def prepare(config: ConfigDict) -> Experiment:
     """
     configs.validate(config)
     resolved = configs.resolve(config)
-    if config.norm.scope != "global":
+    if parse_scope(config.norm.scope).devices is not None:
         # The number of devices then decides what the statistics are: it is part of the config.
         resolved["parallel"]["devices"] = len(pick_devices(config.parallel.devices))
     numbers = {
@@ -125,6 +139,8 @@ def _build(config: ConfigDict) -> Program:
     dataset = data.load(config.data)
     entry = MODELS[config.model.name]
     entry.check(configs.chosen(config, "model"), dataset.info.shape)
+    check_rules(config, dataset.info.shape, dataset.info.num_classes)
+    check_arm(config.model.name, config.norm.kind, config.norm.weights, config.init.name)
     steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
     total = optim.steps("train.duration", config.train.duration, steps_per_epoch)
     schedule = optim.schedule(config.optim.schedule, total, steps_per_epoch)
@@ -143,13 +159,37 @@ def _build(config: ConfigDict) -> Program:
         schedule=schedule,
         chunk=dataset.max_steps_per_feed if looping else 1,
         init=jax.jit(
-            make_init(config, dataset.info.shape, dataset.info.num_classes),
+            _init(config, make_init(config, dataset.info.shape, dataset.info.num_classes)),
             compiler_options=CPU_INIT if on_cpu else None,
         ),
+        forward=_forward(config, dataset.info.num_classes),
         train=train,
         eval_steps={},
         feeders={},
     )
+
+
+def _init(config: ConfigDict, start: Callable[[Tree], State]) -> Callable[[Tree], State]:
+    """``start`` with the kernels that ``init.name`` draws; optimizers start the same for all."""
+
+    def init(numbers: Tree) -> State:
+        state = start(numbers)
+        draw = INITS[config.init.name].draw
+        return state.replace(params=draw(state.params, stream(numbers["seed"], INIT)))
+
+    return init
+
+
+def _forward(config: ConfigDict, num_classes: int) -> Callable[..., jax.Array]:
+    """Logits with batch statistics and without dropout: what training sees at its first step."""
+
+    def forward(params: Tree, batch_stats: Tree, image: jax.Array, numbers: Tree) -> jax.Array:
+        model = build_model(config, num_classes, use="batch", numbers=numbers)
+        variables = {"params": params, "batch_stats": batch_stats}
+        rngs = {"norm": stream(numbers["seed"], INIT)}
+        return model.apply(variables, image, train=False, rngs=rngs)  # type: ignore[return-value]
+
+    return forward
 
 
 def _trace(experiment: Experiment) -> None:
@@ -176,8 +216,20 @@ def _check_memory(state: State, device: jax.Device) -> None:
 
 
 def initial_state(experiment: Experiment) -> State:
-    """The state before the first step, one copy."""
-    return experiment.program.init(experiment.numbers)
+    """The state before the first step, one copy.
+
+    Raises:
+      UserError: the initialiser cannot do with this model what it is made for.
+    """
+    state = experiment.program.init(experiment.numbers)
+    fit = INITS[experiment.config.init.name].fit
+    if fit is None:
+        return state
+    dataset, seed = experiment.program.dataset, experiment.seed
+    rows = jnp.arange(min(FIRST_LOOK, experiment.config.data.batch_size))
+    batch = dataset.train_batch(dataset.feed(seed, 0), seed, 0, rows)
+    inputs = (state.batch_stats, batch["image"][: len(rows)], experiment.numbers)
+    return state.replace(params=fit(experiment.program.forward, state.params, *inputs).params)
 
 
 def train_feed(experiment: Experiment, step: int, count: int) -> Tree:

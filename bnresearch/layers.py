@@ -1,105 +1,265 @@
 """The linen module that owns a normaliser's parameters and running statistics."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnresearch.errors import lookup
-from bnresearch.norm import NORMS, Scope, Stats, batch_stats, values_per_batch, whole_batch
+from bnresearch import norm as norms
+from bnresearch.errors import UserError, lookup
+from bnresearch.norm import NORMS, Kind, Scope, Sets
+from bnresearch.reparam import REPARAMS
+from bnresearch.sites import Choice, Rule, choose, standard
 
 Initializer = Callable[..., Any]
+
+INPUTS = ("mask", "domain", "condition", "time")
+_given: ContextVar[Mapping[str, Any]] = ContextVar("site_inputs")
+
+
+@contextlib.contextmanager
+def site_inputs(**inputs: Any) -> Iterator[None]:
+    """Give every site of the models applied inside this block the same side inputs.
+
+    For models that hand nothing on to their norms:
+    ``with site_inputs(mask=mask): model.apply(...)``. What is given at a call of a norm wins.
+
+    Args:
+      inputs: of INPUTS: ``mask`` (booleans, the leading axes of every site's input), ``domain``
+        (int, or ``[batch]``), ``condition`` (``[batch, features of the condition]``), ``time``
+        (int: the time step). None counts as not given.
+    """
+    for name in inputs:
+        lookup(dict.fromkeys(INPUTS), name, "side input of a norm")
+    token = _given.set({**_given.get({}), **{k: v for k, v in inputs.items() if v is not None}})
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+class LinearMap(NamedTuple):
+    """The linear map that made the input of a site: ``apply(kernel)`` is that input."""
+
+    apply: Callable[[jax.Array], jax.Array]
+    kernel: jax.Array
 
 
 class Norm(nn.Module):
     """One site: a normaliser of the table NORMS, with its variables.
 
-    Variables are named as flax.linen.BatchNorm names them: ``scale`` and ``bias`` in ``params``,
-    ``mean`` and ``var`` in ``batch_stats``, all float32 and ``[features]``. Statistics move only if
-    the collection ``batch_stats`` is mutable and ``use`` is "batch": which statistics normalise and
-    whether the running ones move are two switches.
+    Parameters and running statistics are named by the kind: those of "batch" are named as
+    flax.linen.BatchNorm names them, ``scale`` and ``bias`` in ``params``, ``mean`` and ``var`` in
+    ``batch_stats``; all are float32. Statistics move only if the collection ``batch_stats`` is
+    mutable and ``use`` is "batch": which statistics normalise and whether the running ones move are
+    two switches. Initialisation moves nothing, and takes inputs of any batch size.
 
     If the collection ``moments`` is mutable, mean, variance and count of the site's *input* over
-    the whole batch are written there, for every kind (also "none").
+    the whole batch are written there, for every kind (also "none"). A kind that adds to the loss
+    writes its share to the collection ``penalties``.
 
     Attributes:
-      kind: a key of NORMS.
-      options: the keyword options of that kind; numbers may be traced arrays.
+      choice: the kind and all its options; numbers among them may be traced arrays.
+      rules: what stands at sites whose path they match instead; first match wins.
       use: "batch" or "running".
       stats_scope: over what one set of batch statistics is computed.
       after_linear: the site directly follows a linear map that left out its bias for the norm's
-        sake; kinds without a bias of their own then add one.
-      scale_init: initialiser of the scale (zeros for zero-gamma: Goyal et al., 2017).
+        sake; kinds that need one (`Kind.linear_bias`) then add it.
+      scale_init: initialiser of the scale in place of the kind's own (zeros for zero-gamma: Goyal
+        et al., 2017); kinds without a scale ignore it.
+      activation_follows: an activation belongs behind this site; a kind that brings its own
+        (`activates`) applies it, and the model leaves its own out.
+      linear_map: the linear map that made an array, if it is known.
     """
 
-    kind: str
-    options: Mapping[str, Any]
+    choice: Choice
+    rules: tuple[Rule, ...] = ()
     use: str = "batch"
     stats_scope: Scope = Scope()  # linen keeps the name `scope` for itself
     after_linear: bool = True
-    scale_init: Initializer = nn.initializers.ones
+    scale_init: Initializer | None = None
+    activation_follows: bool = False
+    linear_map: Callable[[jax.Array], LinearMap | None] = lambda x: None
+
+    @property
+    def chosen(self) -> Choice:
+        """What stands at this site."""
+        return choose("/".join(self.path), self.choice, self.rules)
+
+    @property
+    def activates(self) -> bool:
+        """Whether the kind at this site brings its activation."""
+        return lookup(NORMS, self.chosen.kind, "norm.kind").activates
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[batch, ..., features]`` to the same shape and dtype."""
-        kind = lookup(NORMS, self.kind, "norm.kind")
-        shape = (x.shape[-1],)
-        self._observe(x)
-        if not kind.affine:
-            y = kind.function(x, **self.options)
-            if not self.after_linear:
-                return y
-            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-            return y + bias.astype(y.dtype)
-        scale = self.param("scale", self.scale_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        if not kind.running:
-            return kind.function(x, scale, bias, **self.options)
-        return self._with_running(kind.function, x, scale, bias)
+    def __call__(self, x: jax.Array, **inputs: Any) -> jax.Array:
+        """``[batch, ..., features]`` to the same shape and dtype; ``inputs`` as `site_inputs`."""
+        inputs = {**_given.get({}), **{k: v for k, v in inputs.items() if v is not None}}
+        for name in inputs:
+            lookup(dict.fromkeys(INPUTS), name, "side input of a norm")
+        kind = lookup(NORMS, self.chosen.kind, "norm.kind")
+        options = self.chosen.options
+        params = self._params(kind, options, x.shape[-1])
+        self._observe(x, inputs.get("mask"))
+        if kind.linear_bias and self.after_linear and "bias" not in params:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            x = x + bias.astype(x.dtype)
+        use = "running" if self.is_initializing() else self.use
+        context = {name: inputs.get(name) for name in INPUTS} | {
+            "use": use,
+            "scope": self.stats_scope,
+            "activates": self.activation_follows,
+            "rng": self._rng(kind) if use == "batch" else None,
+        }
+        if "linear" in kind.context:
+            # The state of such a kind has the shape of the kernel.
+            context["linear"] = self.linear_map(x)
+            options = {**options, "linear": context["linear"]}
+        if kind.state is None:
+            return norms.apply(kind, x, params, None, context, options).y
+        return self._with_running(kind, x, params, context, options)
+
+    def _params(
+        self, kind: Kind, options: Mapping[str, Any], features: int
+    ) -> dict[str, jax.Array]:
+        def initializer(name: str, start: jax.Array) -> Callable[..., jax.Array]:
+            if name == "scale" and self.scale_init is not None:
+                return lambda key: self.scale_init(key, start.shape, jnp.float32)  # type: ignore[misc]
+            return lambda key: jnp.asarray(start, jnp.float32)
+
+        starts = kind.params(features, options)
+        return {name: self.param(name, initializer(name, start)) for name, start in starts.items()}
 
     def _with_running(
-        self, function: Callable, x: jax.Array, scale: jax.Array, bias: jax.Array
+        self,
+        kind: Kind,
+        x: jax.Array,
+        params: Mapping[str, jax.Array],
+        context: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> jax.Array:
-        shape = (x.shape[-1],)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        running = Stats(mean.value, var.value)
-        y, new = function(
-            x, scale, bias, running, use=self.use, scope=self.stats_scope, **self.options
-        )
-        # Initialisation must leave the statistics at 0 and 1.
-        moving = self.use == "batch" and self.is_mutable_collection("batch_stats")
-        if moving and not self.is_initializing():
-            mean.value, var.value = new
-        return y
+        assert kind.state is not None
+        start = kind.state(x.shape[-1], options)
+        variables = {
+            name: self.variable("batch_stats", name, jnp.asarray, value, jnp.float32)
+            for name, value in start._asdict().items()
+            if value is not None
+        }
+        running = start._replace(**{name: v.value for name, v in variables.items()})
+        result = norms.apply(kind, x, params, running, context, options)
+        if context["use"] == "batch" and self.is_mutable_collection("batch_stats"):
+            for name, variable in variables.items():
+                variable.value = getattr(result.running, name)
+        if result.penalty is not None and self.is_mutable_collection("penalties"):
+            self.put_variable("penalties", "norm", result.penalty)
+        return result.y
 
-    def _observe(self, x: jax.Array) -> None:
+    def _rng(self, kind: Kind) -> jax.Array | None:
+        if "rng" not in kind.context:
+            return None
+        if not self.has_rng("norm"):
+            raise UserError(
+                f"norm kind {self.chosen.kind!r} draws random numbers; give "
+                "model.apply(..., rngs={'norm': key})"
+            )
+        return self.make_rng("norm")
+
+    def _observe(self, x: jax.Array, mask: Any) -> None:
         if self.is_mutable_collection("moments") and not self.is_initializing():
-            moments = whole_batch(batch_stats(x, self.stats_scope), self.stats_scope)
+            sets = Sets(x, self.stats_scope, mask)
+            moments = norms.whole_batch(sets, norms.moments(sets)[1])
             self.put_variable("moments", "mean", moments.mean)
             self.put_variable("moments", "var", moments.var)
-            count = values_per_batch(x.shape, self.stats_scope)
-            self.put_variable("moments", "count", jnp.asarray(count, jnp.float32))
+            count = jnp.asarray(sets.batch_count(), jnp.float32)
+            self.put_variable("moments", "count", count)
 
 
-def make_norm(
-    kind: str, options: Mapping[str, Any], *, use: str = "batch", scope: Scope = Scope()
-) -> Callable[..., Norm]:
-    """The constructor ``norm(name=, after_linear=True, scale_init=None)`` that a model receives."""
+@dataclass(frozen=True)
+class NormMaker:
+    """The constructor of norms that a model receives; it never sees what is in here."""
 
-    def norm(
-        *, name: str, after_linear: bool = True, scale_init: Initializer | None = None
+    choice: Choice
+    rules: tuple[Rule, ...] = ()
+    use: str = "batch"
+    scope: Scope = Scope()
+    weights: str = "auto"
+    _last: list[tuple[jax.Array, LinearMap]] = field(default_factory=list, compare=False)
+
+    def __call__(
+        self,
+        *,
+        name: str,
+        after_linear: bool = True,
+        scale_init: Initializer | None = None,
+        activation_follows: bool = False,
     ) -> Norm:
+        """The module of one site; see `Norm` for what the arguments mean."""
         return Norm(
-            kind=kind,
-            options=options,
-            use=use,
-            stats_scope=scope,
+            choice=self.choice,
+            rules=self.rules,
+            use=self.use,
+            stats_scope=self.scope,
             after_linear=after_linear,
-            scale_init=scale_init or nn.initializers.ones,
+            scale_init=scale_init,
+            activation_follows=activation_follows,
+            linear_map=self._linear_map,
             name=name,
         )
 
-    return norm
+    def linear(self, path: tuple[str, ...], function: Callable[..., jax.Array]) -> Callable:
+        """``function(x, kernel, ...)``, a linear map in the layer at ``path``, as the norm wants
+        it: with its kernel reparametrised. Rules look at this path as at that of a site."""
+        chosen = choose("/".join(path), self.choice, self.rules)
+        kind = lookup(NORMS, chosen.kind, "norm.kind")
+        name = kind.weights if self.weights == "auto" else self.weights
+        transform = REPARAMS[name].function if name != "none" else None
+
+        def linear(x: jax.Array, kernel: jax.Array, *args: Any, **settings: Any) -> jax.Array:
+            def apply(kernel: jax.Array) -> jax.Array:
+                return function(x, transform(kernel) if transform else kernel, *args, **settings)
+
+            y = apply(kernel)
+            if "linear" in kind.context:
+                self._last[:] = [(y, LinearMap(apply, kernel))]
+            return y
+
+        return linear
+
+    def _linear_map(self, x: jax.Array) -> LinearMap | None:
+        """The last linear map, if it is the one that made ``x``. It is remembered once only: under
+        a transformation of jax, arrays must not outlive it."""
+        made, self._last[:] = list(self._last), []
+        return next((linear for y, linear in made if y is x), None)
+
+
+def make_norm(
+    kind: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    use: str = "batch",
+    scope: Scope = Scope(),
+    rules: tuple[Rule, ...] = (),
+    weights: str = "auto",
+) -> NormMaker:
+    """The constructor ``norm(name=, after_linear=, scale_init=, activation_follows=)``.
+
+    Args:
+      kind: a key of NORMS.
+      options: those that differ from the kind's defaults; ``preset`` and ``momentum``, too.
+      use: "batch" or "running".
+      scope: over what one set of batch statistics is computed.
+      rules: what stands at some sites instead (`bnresearch.sites.make_rules`).
+      weights: the reparametrisation of linear maps: a key of REPARAMS, "none", or "auto", which is
+        what the kind asks for.
+
+    Raises:
+      UserError: an unknown kind, or an option it does not have.
+    """
+    lookup({**REPARAMS, "none": 0, "auto": 0}, weights, "norm.weights")
+    lookup({"batch": 0, "running": 0}, use, "use of statistics")
+    return NormMaker(Choice(kind, standard(kind, options or {})), rules, use, scope, weights)

@@ -1,228 +1,330 @@
-"""The BatchNorm family as pure functions on arrays, and the table of every normaliser.
+"""Every normaliser of the house under one name: the table NORMS.
 
-Conventions of the whole project:
-
-* features last: ``x`` is ``[batch, ..., features]``; one set of statistics per feature;
-* ``decay``: ``running <- decay * running + (1 - decay) * batch`` (torch: ``momentum = 1 - decay``);
-* ``correction``: 0 stores the biased batch variance (divided by n), 1 the unbiased one (by n - 1).
-  The batch itself is always normalised with the biased variance;
-* statistics are float32, also for half-precision inputs (float64 stays float64), and the variance
-  takes two passes: ``E[x^2] - E[x]^2`` in float32 loses everything at ``|mean| >> std``.
+To add one: a pure function in `bnresearch.kinds`, and a row in this file. What a function may ask
+for and give back is written at `kind.Kind`; docs/own_norm.md has a worked example.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from bnresearch import averages
+from bnresearch.averages import Running
+from bnresearch.conventions import CONVENTIONS, PRESETS, complete
+from bnresearch.kind import CONTEXT, Kind, Page, Result, apply, page, update
+from bnresearch.kinds import (
+    ablations,
+    activating,
+    backward,
+    branches,
+    history,
+    mixtures,
+    modulated,
+    online,
+    pointwise,
+    rivals,
+    starts,
+    variants,
+    weights,
+    whitening,
+)
+from bnresearch.kinds.batch import batch_norm, normalise
+from bnresearch.sets import Scope, Sets, Stats, moments, pool, whole_batch
 
-import jax
-import jax.numpy as jnp
+__all__ = [
+    "CONTEXT",
+    "CONVENTIONS",
+    "NORMS",
+    "PRESETS",
+    "Kind",
+    "Page",
+    "Result",
+    "Running",
+    "Scope",
+    "Sets",
+    "Stats",
+    "apply",
+    "batch_norm",
+    "complete",
+    "moments",
+    "normalise",
+    "page",
+    "pool",
+    "update",
+    "whole_batch",
+]
 
-from bnresearch import rivals
-from bnresearch.errors import UserError
+AFFINE = dict(scale=True, bias=True)
 
+BATCH = dict(
+    decay=0.9,
+    epsilon=1e-5,
+    correction=0,
+    variance="two_pass",
+    stat_dtype="float32",
+    average="ema",
+    window=16,
+    track="variance",
+    on_single="error",
+    **AFFINE,
+)
 
-class Stats(NamedTuple):
-    """Mean and variance per feature: float32, ``[features]``."""
-
-    mean: jax.Array
-    var: jax.Array
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Over what one set of batch statistics is computed.
-
-    Attributes:
-      merge: named axis over which the statistics that normalise are merged (None: no merging).
-      merge_groups: for ``pmap``, whose mesh has one axis only: the devices that merge together.
-      pool: named axis over which the *running* statistics are pooled besides. The running ones
-        always describe the whole batch, whatever normalised it.
-      splits: equal contiguous parts of the leading axis that are normalised apart from each other.
-
-    The default is the whole array: under ``jit`` that is the whole batch on however many devices.
-    """
-
-    merge: str | None = None
-    merge_groups: tuple[tuple[int, ...], ...] | None = None
-    pool: str | None = None
-    splits: int = 1
-
-
-def _merge(value: jax.Array, scope: Scope) -> jax.Array:
-    if scope.merge is None:
-        return value
-    return jax.lax.pmean(value, scope.merge, axis_index_groups=scope.merge_groups)
-
-
-def _merged_devices(scope: Scope) -> int:
-    if scope.merge is None:
-        return 1
-    if scope.merge_groups is not None:
-        return len(scope.merge_groups[0])
-    return jax.lax.axis_size(scope.merge)
-
-
-def _split(x: jax.Array, scope: Scope) -> jax.Array:
-    """``[splits, batch / splits, ..., features]`` in float32; as it is where there is one set."""
-    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
-    if scope.splits == 1:  # a leading axis of 1 makes XLA's reductions on CPU twice as slow
-        return x
-    return x.reshape(scope.splits, x.shape[0] // scope.splits, *x.shape[1:])
-
-
-def values_per_set(shape: tuple[int, ...], scope: Scope) -> int:
-    """How many values one mean is taken over, for a local input of ``shape``."""
-    return math.prod(shape[:-1]) // scope.splits * _merged_devices(scope)
-
-
-def values_per_batch(shape: tuple[int, ...], scope: Scope) -> int:
-    """How many values per feature the whole batch holds, for a local input of ``shape``."""
-    axes = {scope.merge, scope.pool} - {None}
-    return math.prod(shape[:-1]) * math.prod(jax.lax.axis_size(axis) for axis in axes)
-
-
-def _centred(x: jax.Array, scope: Scope) -> tuple[jax.Array, Stats]:
-    """``x - mean`` and the statistics, per set: ``[..., features]``, a leading axis for the splits.
-
-    Every device and every split holds equally many values, so means of means are exact, and the
-    variance is the mean square distance from the *merged* mean (never a mean of variances).
-    """
-    x = _split(x, scope)
-    axes = tuple(range(0 if scope.splits == 1 else 1, x.ndim - 1))
-    mean = _merge(x.mean(axes, keepdims=True), scope)
-    centred = x - mean
-    var = _merge(jnp.square(centred).mean(axes, keepdims=True), scope)
-    return centred, Stats(mean, var)
-
-
-def batch_stats(x: jax.Array, scope: Scope = Scope()) -> Stats:
-    """Mean and biased variance of each set that is normalised together: as many values as
-    ``splits * features``, broadcasting against the split input."""
-    return _centred(x, scope)[1]
-
-
-def pool(stats: Stats, axis: int = 0) -> Stats:
-    """Statistics of the union of equally large sets stacked on ``axis``: mean of the means, and
-    mean of the variances plus variance of the means."""
-    mean = stats.mean.mean(axis)
-    spread = jnp.square(stats.mean - jnp.expand_dims(mean, axis)).mean(axis)
-    return Stats(mean, stats.var.mean(axis) + spread)
-
-
-def whole_batch(stats: Stats, scope: Scope) -> Stats:
-    """The sets of ``batch_stats`` pooled to the whole batch on all devices: ``[features]``."""
-    features = stats.mean.shape[-1]
-    pooled = pool(Stats(*(value.reshape(scope.splits, features) for value in stats)))
-    if scope.pool is None:
-        return pooled
-    mean = jax.lax.pmean(pooled.mean, scope.pool)
-    return Stats(mean, jax.lax.pmean(pooled.var + jnp.square(pooled.mean - mean), scope.pool))
-
-
-def update_running(
-    running: Stats, batch: Stats, count: Any, *, decay: Any, correction: int
-) -> Stats:
-    """``decay * running + (1 - decay) * batch``; of ``count`` values each."""
-    var = batch.var * (count / (count - correction))
-    return Stats(
-        decay * running.mean + (1 - decay) * batch.mean,
-        decay * running.var + (1 - decay) * var,
-    )
-
-
-def normalise(
-    x: jax.Array,
-    stats: Stats,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    epsilon: float,
-) -> jax.Array:
-    """``(x - mean) / sqrt(var + epsilon) * scale + bias``, in float32, given in the dtype of x."""
-    centred = _split(x, Scope()) - stats.mean
-    return _affine(centred, stats.var, scale, bias, epsilon).astype(x.dtype)
-
-
-def _affine(
-    centred: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    epsilon: float,
-) -> jax.Array:
-    multiplier = jax.lax.rsqrt(var + epsilon)
-    if scale is not None:
-        multiplier = multiplier * scale
-    y = centred * multiplier
-    return y if bias is None else y + bias
-
-
-def batch_norm(
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    running: Stats,
-    *,
-    use: str,
-    decay: float | jax.Array = 0.9,
-    epsilon: float = 1e-5,
-    correction: int = 0,
-    scope: Scope = Scope(),
-) -> tuple[jax.Array, Stats]:
-    """Batch Normalization (Ioffe & Szegedy, 2015).
-
-    ``use="batch"``: ``y = scale * (x - m) / sqrt(v + epsilon) + bias`` with the mean m and biased
-    variance v over all axes but the last, of each set that ``scope`` names; the new running
-    statistics are the EMA of those of the whole batch (mean of means, pooled second moment).
-    ``use="running"``: the same with the running statistics, which stay as they are.
-
-    Args:
-      x: ``[batch, ..., features]``, any float dtype.
-      scale, bias: ``[features]`` float32, or None to leave them out.
-      running: running mean and variance, ``[features]`` float32.
-      use: which statistics normalise: "batch" or "running".
-      decay: share of the old running statistics that is kept, in [0, 1].
-      epsilon: added to the variance.
-      correction: 0 for the biased, 1 for the unbiased running variance.
-      scope: over what one set of batch statistics is computed.
-
-    Returns:
-      y in the shape and dtype of x, and the new running statistics.
-
-    Raises:
-      UserError: batch statistics over one single value: the output would be ``bias`` whatever x is.
-    """
-    if use == "running":
-        return normalise(x, running, scale, bias, epsilon), running
-    count = values_per_set(x.shape, scope)
-    if count < 2:
-        raise UserError(
-            f"batch statistics over one single value (input {tuple(x.shape)}): the output would "
-            "not depend on the input; use a larger batch, a wider norm.scope, or "
-            "norm.kind=group|layer"
-        )
-    # Centred once for both the variance and the output: one sum less in the gradient.
-    centred, stats = _centred(x, scope)
-    y = _affine(centred, stats.var, scale, bias, epsilon).reshape(x.shape).astype(x.dtype)
-    total = values_per_batch(x.shape, scope)
-    new = update_running(
-        running, whole_batch(stats, scope), total, decay=decay, correction=correction
-    )
-    return y, new
-
-
-class Kind(NamedTuple):
-    """A row of NORMS: the function, its options with their defaults, and what it owns."""
-
-    function: Callable[..., Any]
-    options: Mapping[str, Any]
-    affine: bool  # owns 'scale' and 'bias'
-    running: bool  # owns running statistics, takes and returns them
-
+# For kinds that have little use for more.
+FEW = dict(decay=0.9, epsilon=1e-5, on_single="error", **AFFINE)
 
 NORMS: dict[str, Kind] = {
-    "batch": Kind(batch_norm, dict(decay=0.9, epsilon=1e-5, correction=0), True, True),
-    "layer": Kind(rivals.layer_norm, dict(epsilon=1e-5, over="example"), True, False),
-    "group": Kind(rivals.group_norm, dict(epsilon=1e-5, groups=32), True, False),
-    "none": Kind(rivals.identity, {}, False, False),
+    # Statistics of the batch.
+    "batch": Kind(batch_norm, BATCH, starts.affine, averages.start, averages.update),
+    "ghost": Kind(
+        variants.ghost_norm,
+        dict(size=32, **BATCH),
+        starts.affine,
+        averages.start,
+        averages.update,
+    ),
+    "renorm": Kind(
+        variants.batch_renorm,
+        FEW | dict(decay=0.99, r_max=3.0, d_max=5.0, warmup=5000, r_ramp=40000, d_ramp=25000),
+        starts.affine,
+        variants.renorm_state,
+        variants.renorm_update,
+    ),
+    "frozen": Kind(
+        variants.frozen_norm,
+        dict(epsilon=1e-5, trainable=True, **AFFINE),
+        starts.affine,
+        starts.stats,
+        linear_bias=True,
+    ),
+    "extended": Kind(variants.extended_norm, FEW, starts.affine, starts.stats, averages.update),
+    "regularized": Kind(
+        variants.regularized_norm,
+        dict(mean_penalty=0.01, std_penalty=0.01, **FEW),
+        starts.affine,
+        starts.stats,
+        averages.update,
+    ),
+    # Parts of batch norm, for ablations.
+    "centre": Kind(
+        ablations.centre_norm,
+        dict(decay=0.9, on_single="error", **AFFINE),
+        starts.affine,
+        starts.stats,
+        averages.update,
+    ),
+    "mean_only": Kind(
+        ablations.mean_only_norm,
+        dict(decay=0.9, on_single="error", bias=True),
+        ablations.mean_only_start,
+        starts.stats,
+        averages.update,
+    ),
+    "scale_only": Kind(
+        ablations.scale_only_norm,
+        FEW,
+        starts.affine,
+        starts.stats,
+        ablations.scale_only_update,
+        linear_bias=True,
+    ),
+    "lp": Kind(ablations.lp_norm, dict(p=1.0, **FEW), starts.affine, starts.stats),
+    "stop_gradient": Kind(
+        ablations.stop_gradient_norm, FEW, starts.affine, starts.stats, averages.update
+    ),
+    "noisy": Kind(
+        ablations.noisy_norm,
+        dict(shift=0.5, stretch=1.25, shift_jitter=0.1, stretch_jitter=0.1, **FEW),
+        starts.affine,
+        starts.stats,
+        averages.update,
+    ),
+    # Several statistics at one site, or an affine that depends on something.
+    "split": Kind(
+        branches.split_norm,
+        dict(splits=2, shared=False, **BATCH),
+        branches.split_start,
+        branches.split_state,
+    ),
+    "domain": Kind(
+        branches.domain_norm,
+        dict(domains=2, shared=False, **BATCH),
+        branches.domain_start,
+        branches.domain_state,
+    ),
+    "recurrent": Kind(
+        branches.recurrent_norm,
+        dict(steps=100, scale_start=0.1, **FEW),
+        branches.recurrent_start,
+        branches.recurrent_state,
+    ),
+    "conditional": Kind(
+        modulated.conditional_norm,
+        dict(conditions=10, **FEW),
+        modulated.conditional_start,
+        starts.stats,
+        averages.update,
+    ),
+    "batch_instance": Kind(
+        modulated.batch_instance_norm,
+        FEW,
+        modulated.batch_instance_start,
+        starts.stats,
+        averages.update,
+    ),
+    "representative": Kind(
+        modulated.representative_norm, FEW, modulated.representative_start, starts.stats
+    ),
+    # Statistics of more than this batch.
+    "virtual": Kind(
+        history.virtual_batch_norm,
+        dict(reference=0, own=True, **FEW),
+        starts.affine,
+        starts.stats,
+    ),
+    "cross_iteration": Kind(
+        history.cross_iteration_norm,
+        dict(window=8, compensation="taylor", burn_in=100, **FEW),
+        starts.affine,
+        history.history_start,
+    ),
+    "mabn": Kind(
+        backward.moving_average_norm,
+        dict(window=16, decay=0.98, epsilon=1e-5, warm_up=100, r_max=5.0, r_after=1000, **AFFINE),
+        starts.affine,
+        backward.mabn_start,
+        linear_bias=True,
+        weights="centred",
+    ),
+    "power": Kind(
+        backward.power_norm,
+        dict(decay=0.9, backward_decay=0.9, epsilon=1e-5, groups=1, warm_up=10000, **AFFINE),
+        starts.affine,
+        backward.power_start,
+        linear_bias=True,
+    ),
+    "online": Kind(
+        online.online_norm,
+        dict(decay=0.999, backward_decay=0.99, epsilon=1e-5, guard="clamp", clamp=5.0, **AFFINE),
+        starts.affine,
+        online.online_start,
+        linear_bias=True,
+    ),
+    # Whole covariances.
+    "decorrelated": Kind(
+        whitening.decorrelated_norm,
+        dict(method="zca", group_size=16, track="whitening", **FEW),
+        starts.affine,
+        whitening.whitening_start,
+    ),
+    "iter_norm": Kind(
+        whitening.iterative_norm,
+        dict(iterations=5, group_size=64, track="whitening", **FEW),
+        starts.affine,
+        whitening.whitening_start,
+    ),
+    # Between batch and example.
+    "switchable": Kind(
+        mixtures.switchable_norm,
+        BATCH,
+        mixtures.switchable_start,
+        averages.start,
+        averages.update,
+        linear_bias=True,
+    ),
+    "batch_group": Kind(
+        mixtures.batch_group_norm,
+        BATCH | dict(examples_per_group=0, channels_per_group=1, track="second_moment"),
+        starts.affine,
+        averages.start,
+        averages.update,
+        linear_bias=True,
+    ),
+    "evonorm_b0": Kind(
+        mixtures.evonorm_b0,
+        BATCH,
+        mixtures.evonorm_b0_start,
+        averages.start,
+        averages.update,
+        activates=True,
+        linear_bias=True,
+    ),
+    # One example at a time.
+    "layer": Kind(
+        rivals.layer_norm,
+        dict(epsilon=1e-5, over="example", **AFFINE),
+        starts.affine,
+        linear_bias=True,
+    ),
+    "rms": Kind(
+        rivals.rms_norm,
+        dict(epsilon=1e-6, over="features", scale=True, bias=False),
+        starts.affine,
+        linear_bias=True,
+    ),
+    "group": Kind(
+        rivals.group_norm,
+        dict(epsilon=1e-5, groups=32, **AFFINE),
+        starts.affine,
+        linear_bias=True,
+    ),
+    "instance": Kind(rivals.instance_norm, dict(epsilon=1e-5, **AFFINE), starts.affine),
+    "positional": Kind(
+        rivals.positional_norm,
+        dict(epsilon=1e-5, scale=False, bias=False),
+        starts.affine,
+        linear_bias=True,
+    ),
+    "frn": Kind(
+        activating.frn,
+        dict(epsilon=1e-6, learned_epsilon=False, **AFFINE),
+        activating.frn_start,
+        activates=True,
+        linear_bias=True,
+    ),
+    "evonorm_s0": Kind(
+        activating.evonorm_s0,
+        dict(epsilon=1e-5, groups=32, **AFFINE),
+        activating.evonorm_s0_start,
+        activates=True,
+        linear_bias=True,
+    ),
+    "proxy": Kind(
+        activating.proxy_norm,
+        dict(epsilon=1e-5, proxy_epsilon=0.03, groups=1, samples=256, **AFFINE),
+        activating.proxy_start,
+        activates=True,
+        linear_bias=True,
+    ),
+    # Functions of one value.
+    "dyt": Kind(
+        pointwise.dyt,
+        dict(alpha_start=0.5, **AFFINE),
+        pointwise.dyt_start,
+        linear_bias=True,
+    ),
+    "derf": Kind(
+        pointwise.derf,
+        dict(alpha_start=0.5, **AFFINE),
+        pointwise.derf_start,
+        linear_bias=True,
+    ),
+    "none": Kind(rivals.identity, linear_bias=True),
+    # The weights in front of the site.
+    "weight_norm": Kind(
+        weights.weight_norm,
+        dict(gain=1.4142135, **AFFINE),
+        starts.affine,
+        linear_bias=True,
+        weights="weight_norm",
+    ),
+    "weight_standardisation": Kind(
+        weights.weight_standardisation,
+        dict(epsilon=1e-5, groups=32, **AFFINE),
+        starts.affine,
+        linear_bias=True,
+        weights="standardise",
+    ),
+    "scaled_weight_standardisation": Kind(
+        weights.scaled_weight_standardisation,
+        dict(gain=1.7128585, **AFFINE),
+        starts.affine,
+        linear_bias=True,
+        weights="scaled_standardise",
+    ),
 }

@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from bnresearch.errors import UserError, lookup
+from bnresearch.models.blocks import in_head
 
 Schedule = Callable[[Any], Any]
 
@@ -26,6 +27,7 @@ def defaults() -> dict[str, Any]:
         weight_decay=0.0,
         decay_norms_and_biases=False,
         clip_norm=0.0,  # of the whole gradient; 0: no clipping
+        agc=0.0,  # adaptive clipping: largest ratio of gradient to weights, per unit; 0: none
         **{name: dict(entry.options) for name, entry in OPTIMIZERS.items()},
     )
 
@@ -174,12 +176,34 @@ def validate(config: ConfigDict) -> None:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the weights, False for the scales of norms and for every bias."""
+    """True for the weights, False for scales and biases: whatever is called so, and whatever is one
+    number, or one per feature, by any name."""
 
-    def is_weight(path: tuple[Any, ...], _: Any) -> bool:
-        return path[-1].key not in ("scale", "bias")
+    def is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
+        return path[-1].key not in ("scale", "bias") and leaf.ndim > 1
 
     return jax.tree_util.tree_map_with_path(is_weight, params)
+
+
+def adaptive_clip(ratio: Any) -> optax.GradientTransformation:
+    """Adaptive gradient clipping (Brock et al., 2021).
+
+        g <- g * min(1, ratio * max(||w||, 1e-3) / ||g||)
+
+    Norms are taken unit by unit: over the fan-in of each output feature for kernels, over the whole
+    of anything with one axis or none (biases, scales). The head is not clipped. optax's formula; it
+    takes kernels of three axes for those of attention, not for one-dimensional convolutions.
+
+    Pitfall: what starts at 0 (biases, the last kernels of Fixup) begins with gradients of at most
+    ratio * 1e-3.
+    Citation: Brock, De, Smith & Simonyan (2021), High-Performance Large-Scale Image Recognition
+    Without Normalization, ICML, arXiv:2102.06171.
+    """
+
+    def outside_head(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: not in_head(path), params)
+
+    return optax.masked(optax.adaptive_grad_clip(ratio), outside_head)
 
 
 def make_optimizer(
@@ -201,6 +225,9 @@ def make_optimizer(
     decay = numbers["optim.weight_decay"] if config.weight_decay else None
     mask = None if config.decay_norms_and_biases else decay_mask
     optimizer = entry.make(numbers["optim.learning_rate"] * factor, decay, mask, **options)
-    if not config.clip_norm:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(numbers["optim.clip_norm"]), optimizer)
+    clips = []
+    if config.agc:
+        clips.append(adaptive_clip(numbers["optim.agc"]))
+    if config.clip_norm:
+        clips.append(optax.clip_by_global_norm(numbers["optim.clip_norm"]))
+    return optax.chain(*clips, optimizer) if clips else optimizer

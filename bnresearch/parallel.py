@@ -19,7 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +27,67 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnresearch.errors import UserError, lookup
-from bnresearch.norm import Scope
+from bnresearch.sets import Scope
 
 AXES = ("group", "replica")
 PMAP_AXIS = "device"
 
 
-def parse_scope(text: str) -> int | None:
-    """Devices per set of statistics: None for "global", 1 for "device", N for "group:N"."""
-    if text == "global":
-        return None
-    if text == "device":
-        return 1
-    match = re.fullmatch(r"group:(\d+)", text)
-    if not match or int(match[1]) < 1:
+class Sharing(NamedTuple):
+    """What a scope asks for: statistics shared by so many devices, or by so many examples; both
+    None for the whole batch."""
+
+    devices: int | None = None
+    examples: int | None = None
+
+
+def parse_scope(text: str) -> Sharing:
+    """ "global", "device", "group:N" (devices) or "ghost:N" (examples).
+
+    Raises:
+      UserError: anything else.
+    """
+    if text in ("global", "device"):
+        return Sharing(devices=1 if text == "device" else None)
+    match = re.fullmatch(r"(group|ghost):(\d+)", text)
+    if not match or int(match[2]) < 1:
         raise UserError(
-            f"unknown norm.scope {text!r}; choose global, device or group:N (N devices share "
-            "statistics)"
+            f"unknown norm.scope {text!r}; choose global, device, group:N (N devices share "
+            "statistics) or ghost:N (N examples do)"
         )
-    return int(match[1])
+    count = int(match[2])
+    return Sharing(devices=count) if match[1] == "group" else Sharing(examples=count)
 
 
 def _groups(scope: str, devices: int) -> int:
-    size = parse_scope(scope) or devices
+    size = parse_scope(scope).devices or devices
     if devices % size:
         raise UserError(
             f"norm.scope={scope} on {devices} devices: groups of {size} do not divide them; "
             f"choose N among {[n for n in range(1, devices + 1) if devices % n == 0]}"
         )
     return devices // size
+
+
+def _check_ghost(scope: str, size: int, batch: int) -> None:
+    if batch % size:
+        raise UserError(
+            f"norm.scope={scope}: sets of {size} examples do not divide the {batch} of a "
+            f"(micro)batch; choose N among {[n for n in range(2, batch + 1) if batch % n == 0]}"
+        )
+
+
+def _ghosts_on_devices(scope: str, size: int, local: int, devices: int) -> tuple[int, int]:
+    """Groups of devices and sets per device, for sets of ``size`` examples where every device
+    holds ``local``: several devices per set, or several sets per device."""
+    if size % local == 0 and devices % (size // local) == 0:
+        return devices // (size // local), 1
+    if local % size == 0:
+        return devices, local // size
+    raise UserError(
+        f"norm.scope={scope}: with {local} examples on each of {devices} devices a set would cover "
+        "part of a device; choose another N or number of devices, or parallel.mode=jit"
+    )
 
 
 def pick_devices(count: int) -> list[jax.Device]:
@@ -84,7 +116,6 @@ class Layout(ABC):
     def __init__(self, scope: str, devices: int, batch_size: int, accumulate: int = 1):
         found = pick_devices(devices)
         groups = _groups(scope, len(found))
-        self.mesh = Mesh(np.array(found).reshape(groups, -1), AXES)
         self.batch_size, self.accumulate = batch_size, accumulate
         if batch_size % (len(found) * accumulate):
             raise UserError(
@@ -92,11 +123,20 @@ class Layout(ABC):
                 f"{accumulate} microbatches (train.accumulate); choose a multiple of "
                 f"{len(found) * accumulate}, or fewer devices (parallel.devices)"
             )
-        self.scope = self._make_scope(groups)
+        splits, size = 1, parse_scope(scope).examples
+        if size is not None:
+            _check_ghost(scope, size, self.microbatch)
+            groups, splits = self._ghosts(scope, size, len(found))
+        self.mesh = Mesh(np.array(found).reshape(groups, -1), AXES)
+        self.scope = self._make_scope(groups, splits)
+
+    def _ghosts(self, scope: str, size: int, devices: int) -> tuple[int, int]:
+        """Groups of devices and sets per device for sets of ``size`` examples."""
+        return _ghosts_on_devices(scope, size, self.microbatch // devices, devices)
 
     @abstractmethod
-    def _make_scope(self, groups: int) -> Scope:
-        """The scope of statistics for ``groups`` groups of devices."""
+    def _make_scope(self, groups: int, splits: int) -> Scope:
+        """The scope of statistics for ``groups`` groups of devices, ``splits`` sets on each."""
 
     @property
     def device_count(self) -> int:
@@ -182,8 +222,12 @@ class Layout(ABC):
 class JitLayout(Layout):
     """One program over the whole batch, which the compiler splits: the default."""
 
-    def _make_scope(self, groups: int) -> Scope:
-        return Scope(splits=groups)
+    def _ghosts(self, scope: str, size: int, devices: int) -> tuple[int, int]:
+        # The compiler spreads any sets over the devices; the mesh stays one group.
+        return 1, self.microbatch // size
+
+    def _make_scope(self, groups: int, splits: int) -> Scope:
+        return Scope(splits=groups * splits)
 
     @property
     def shares(self) -> int:
@@ -208,7 +252,9 @@ class JitLayout(Layout):
 class ShardMapLayout(Layout):
     """The per-device view, written out with named axes on the mesh (group, replica)."""
 
-    def _make_scope(self, groups: int) -> Scope:
+    def _make_scope(self, groups: int, splits: int) -> Scope:
+        if splits > 1:
+            return Scope(pool=AXES, splits=splits)
         return Scope(merge="replica", pool="group")
 
     def _share(self) -> jax.Array:
@@ -234,11 +280,11 @@ class ShardMapLayout(Layout):
 class PmapLayout(Layout):
     """The mode of the field's older code: one program per device, arrays stacked by device."""
 
-    def _make_scope(self, groups: int) -> Scope:
-        if groups == 1:
+    def _make_scope(self, groups: int, splits: int) -> Scope:
+        if groups == 1 and splits == 1:
             return Scope(merge=PMAP_AXIS)
         if groups == self.device_count:
-            return Scope(pool=PMAP_AXIS)
+            return Scope(pool=PMAP_AXIS, splits=splits)
         indices = np.arange(self.device_count).reshape(groups, -1)
         merged = tuple(tuple(row) for row in indices.tolist())
         return Scope(merge=PMAP_AXIS, merge_groups=merged, pool=PMAP_AXIS)

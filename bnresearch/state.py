@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 # Streams of random numbers that a run's seed is split into. Data has its own, in data/.
-INIT, DROPOUT = 1, 2
+INIT, DROPOUT, NORM = 1, 2, 3
 
 
 class State(struct.PyTreeNode):

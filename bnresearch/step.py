@@ -9,19 +9,22 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bnresearch import accumulate, optim
+from bnresearch import accumulate, norm_config, optim, sites
 from bnresearch.config import chosen
-from bnresearch.layers import make_norm
+from bnresearch.layers import Norm, NormMaker, site_inputs
 from bnresearch.models import MODELS
-from bnresearch.norm import NORMS, Scope
 from bnresearch.parallel import Layout
-from bnresearch.state import DROPOUT, INIT, State, empty_meter, stream
+from bnresearch.sets import Scope
+from bnresearch.state import DROPOUT, INIT, NORM, State, empty_meter, stream
 from bnresearch.tasks import TASKS
 
 Tree = Any
 Numbers = Mapping[str, Any]
 
 MOST_UNROLLED = 8
+
+# What every norm of the model is handed, if the batches of a dataset have it.
+SIDE_INPUTS = ("domain", "condition", "time")
 
 
 def build_model(
@@ -33,14 +36,39 @@ def build_model(
     scope: Scope = Scope(),
 ) -> nn.Module:
     """The model of a config; ``use`` says which statistics its norms normalise with."""
-    kind = config.norm.kind
-    options = chosen(config, "norm")
-    for name in options:
-        options[name] = (numbers or {}).get(f"norm.{kind}.{name}", options[name])
-    norm = make_norm(kind, options, use=use, scope=scope)
+    traced = numbers or {}
+    norm = NormMaker(
+        norm_config.choice(config, traced),
+        norm_config.rules(config, traced),
+        use,
+        scope,
+        config.norm.weights,
+    )
     module = MODELS[config.model.name].module
     dtype = jnp.dtype(config.dtype)
     return module(num_classes=num_classes, norm=norm, dtype=dtype, **chosen(config, "model"))
+
+
+def site_paths(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> list[str]:
+    """The paths of all norms of the model, in order of execution."""
+    paths: list[str] = []
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Norm) and context.method_name == "__call__":
+            paths.append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    model = build_model(config, num_classes, use="running")
+    image = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    return paths
+
+
+def check_rules(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises UserError for a rule of ``norm.rules`` that changes nothing."""
+    if config.norm.rules:
+        sites.check_rules(norm_config.rules(config), site_paths(config, shape, num_classes))
 
 
 def make_init(
@@ -72,43 +100,49 @@ def make_gradients(
     """``(state, feed, numbers) -> loss, gradient, new running statistics`` of one whole batch."""
     task = TASKS[config.task.name]
     count = layout.accumulate
-    exact = config.train.accumulate_statistics == "batch" and NORMS[config.norm.kind].running
+    whole = config.train.accumulate_statistics == "batch" and count > 1
     # Convolutions in a loop are slow on CPU; unrolling many microbatches takes for ever to compile.
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     unroll = on_cpu and not MODELS[config.model.name].dense and count <= MOST_UNROLLED
-    collection = "moments" if count > 1 else "batch_stats"
+    collections = ["batch_stats", "penalties"] + ["moments"] * (count > 1)
     smoothed = config.task.classification.label_smoothing > 0
 
     def gradients(state: State, feed: Tree, numbers: Numbers) -> tuple[jax.Array, Tree, Tree]:
-        use = "running" if exact and count > 1 else "batch"
+        exact = whole and bool(state.batch_stats)
+        use = "running" if exact else "batch"
         model = build_model(
             config, dataset.info.num_classes, use=use, numbers=numbers, scope=layout.scope
         )
         smoothing = numbers["task.classification.label_smoothing"] if smoothed else 0.0
 
-        def forward(params: Tree, batch_stats: Tree, index: jax.Array) -> tuple[jax.Array, Tree]:
+        def forward(
+            params: Tree, batch_stats: Tree, index: jax.Array
+        ) -> tuple[jax.Array, tuple[Tree, Tree]]:
             batch = layout.constrain(microbatch(dataset, layout, state.step, feed, numbers, index))
-            logits, mutated = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                batch["image"],
-                train=True,
-                rngs={"dropout": dropout_key(layout, numbers, state.step, index)},
-                mutable=[collection],
-            )
-            loss = layout.mean_loss(task.loss(logits, batch, smoothing))
-            seen = mutated.get(collection, {})
-            return loss, seen if count == 1 else accumulate.site_moments(seen, batch_stats)
+            with site_inputs(**{name: batch[name] for name in SIDE_INPUTS if name in batch}):
+                logits, mutated = model.apply(
+                    {"params": params, "batch_stats": batch_stats},
+                    batch["image"],
+                    train=True,
+                    rngs=random_keys(layout, numbers, state.step, index),
+                    mutable=collections,
+                )
+            loss = task.loss(logits, batch, smoothing) + total(mutated.get("penalties", {}))
+            moments = accumulate.site_moments(mutated.get("moments", {}), batch_stats)
+            return layout.mean_loss(loss), (moments, mutated.get("batch_stats", {}))
 
         if count == 1:
-            value = jax.value_and_grad(forward, has_aux=True)
-            (loss, batch_stats), gradient = value(state.params, state.batch_stats, jnp.int32(0))
+            loss, gradient, _, batch_stats = accumulate.gradients(
+                forward, state.params, state.batch_stats, jnp.int32(0)
+            )
             return loss, gradient, batch_stats
         method = accumulate.exact_gradients if exact else accumulate.microbatch_gradients
-        loss, gradient, moments = method(forward, state.params, state.batch_stats, count, unroll)
-        if not state.batch_stats:
-            return loss, gradient, state.batch_stats
+        loss, gradient, moments, threaded = method(
+            forward, state.params, state.batch_stats, count, unroll
+        )
+        rules, default = norm_config.rules(config, numbers), norm_config.choice(config, numbers)
         batch_stats = accumulate.update_statistics(
-            state.batch_stats, moments, numbers["norm.batch.decay"], config.norm.batch.correction
+            state.batch_stats, threaded, moments, lambda path: sites.choose(path, default, rules)
         )
         return loss, gradient, batch_stats
 
@@ -126,10 +160,16 @@ def microbatch(
     return dataset.train_batch(feed, numbers["seed"], step, rows)
 
 
-def dropout_key(layout: Layout, numbers: Numbers, step: jax.Array, index: jax.Array) -> jax.Array:
-    """Another key for every step, microbatch and (in the per-device modes) device."""
-    key = jax.random.fold_in(stream(numbers["seed"], DROPOUT), step)
-    return layout.fold_key(jax.random.fold_in(key, index))
+def random_keys(
+    layout: Layout, numbers: Numbers, step: jax.Array, index: jax.Array
+) -> dict[str, jax.Array]:
+    """Other keys for every step and microbatch; for dropout also (in the per-device modes) for
+    every device. Norms draw alike on all devices, as one set of statistics does."""
+
+    def key(name: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(stream(numbers["seed"], name), step), index)
+
+    return {"dropout": layout.fold_key(key(DROPOUT)), "norm": key(NORM)}
 
 
 def make_train_step(
@@ -240,7 +280,11 @@ def make_eval_step(
         if sharding is not None:
             batch = jax.lax.with_sharding_constraint(batch, sharding)
         variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any = model.apply(variables, batch["image"], train=False)
+        # The padding of the last batch is real examples, and counts in batch statistics.
+        with site_inputs(**{name: batch[name] for name in SIDE_INPUTS if name in batch}):
+            logits: Any = model.apply(
+                variables, batch["image"], train=False, rngs={"norm": jax.random.key(0)}
+            )
         return task.sums(logits, batch)
 
     return eval_step

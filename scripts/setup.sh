@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: `source scripts/setup.sh EXTRA` ("" for none) stands in the repository root afterwards and
-# leaves the interpreter of an installed virtual environment in $python. What is installed already, stays.
+# Sourced by the other scripts: `source scripts/setup.sh EXTRAS` ("" for none, "test,compare" for two) stands in the
+# repository root afterwards and leaves the interpreter of an installed virtual environment in $python. What is
+# installed already, stays.
 # PYTHON=python3.12 in the environment chooses the interpreter, which then has a .venv of its own.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -30,8 +30,8 @@ OVERRIDES = {
     "optim.schedule=cosine": ("did you mean optim.schedule.name=cosine?",),
     "data={}": ("data is a group of keys", "did you mean one of its keys"),
     # Names, each with the list.
-    "norm.kind=bach": ("norm.kind 'bach'", "batch, group, layer, none"),
-    "model.name=mpl": ("model.name 'mpl'", "mlp, plain, resnet"),
+    "norm.kind=bach": ("norm.kind 'bach'", "batch, ", "group, ", "layer, "),
+    "model.name=mpl": ("model.name 'mpl'", "mlp, nf_resnet, plain, resnet"),
     "data.name=digit": ("dataset 'digit'", "did you mean digits?", "list datasets"),
     "parallel.mode=vmap": ("parallel.mode 'vmap'", "jit, pmap, shard_map"),
     "optim.name=sdg": ("optim.name 'sdg'", "adamw, lamb, lars, sgd"),
@@ -40,8 +40,8 @@ OVERRIDES = {
     "model.mlp.activation=rleu": ("activation 'rleu'", "elu, gelu, identity", "tanh"),
     "model.mlp.placement=after": ("placement 'after'", "after_act, before_act"),
     "dtype=float16": ("dtype 'float16'", "float32, bfloat16"),
-    "norm.scope=host": ("norm.scope 'host'", "global, device or group:N"),
-    "norm.scope=group:0": ("norm.scope 'group:0'", "global, device or group:N"),
+    "norm.scope=host": ("norm.scope 'host'", "global, device, group:N"),
+    "norm.scope=group:0": ("norm.scope 'group:0'", "global, device, group:N"),
     "norm.batch.correction=2": ("norm.batch.correction 2", "0, 1"),
     "train.accumulate_statistics=all": ("'all'", "microbatch, batch"),
     "data.augment=cutmix": ("data.augment 'cutmix'", "crop, crop_flip, none"),
@@ -262,7 +262,7 @@ def test_a_known_dataset_that_is_absent_is_refused_quickly_without_network(
 def test_a_program_gets_the_same_words_as_an_exception(tmp_path):
     config = configs.default_config()
     config.norm.kind = "bach"
-    with pytest.raises(UserError, match="unknown norm.kind 'bach'; choose one of: batch, group"):
+    with pytest.raises(UserError, match="unknown norm.kind 'bach'; choose one of: batch, "):
         run(config, tmp_path / "run")
     with pytest.raises(UserError, match="display 'loud'; choose one of: auto, bar, lines, off"):
         run(configs.load(DIGITS, [ONE]), tmp_path / "run", show="loud")

@@ -14,8 +14,11 @@ PACKAGE = ROOT / "bnresearch"
 # Imports go one way. Layers, lowest first: a module may import its own layer and those below it.
 # Modules not listed here (errors, config, data, ...) are free.
 LAYERS = (
-    {"norm", "rivals", "reparam"},
-    {"layers"},
+    {"sets", "averages", "conventions", "reparam"},
+    {"kind", "kinds"},
+    {"norm"},
+    {"sites", "handbook"},
+    {"layers", "batchnorm"},
     {"models"},
     {"state", "optim", "step", "parallel", "accumulate"},
     {"experiment", "evaluate", "diverge"},
@@ -27,9 +30,9 @@ LAYERS = (
 
 # What a module must not import, beside what its layer says; the reason stands behind.
 FORBIDDEN = {
-    "norm": ("flax",),  # mathematics without framework
-    "rivals": ("flax",),
-    "models": ("bnresearch.norm", "bnresearch.rivals", "bnresearch.layers"),  # handed a constructor
+    # Mathematics without framework.
+    **dict.fromkeys(("sets", "averages", "kind", "kinds", "norm", "reparam"), ("flax",)),
+    "models": ("bnresearch.norm", "bnresearch.kinds", "bnresearch.layers"),  # handed a constructor
     "report": ("jax", "flax", "bnresearch.models", "bnresearch.train"),  # reads files and numbers
     "verdict": ("jax", "flax", "bnresearch.models", "bnresearch.train"),
     "rundir": ("jax", "flax"),
@@ -107,7 +110,8 @@ def test_constraints_pin_every_requirement():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["test"] + extras["compare"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(
@@ -154,4 +158,4 @@ def test_setup_is_sourced_with_an_argument(path):
     """Without one, a sourced script takes the arguments of its caller: an extra named '--help'."""
     for line in path.read_text().splitlines():
         if line.startswith("source"):
-            assert re.search(r'setup\.sh" (test|"")', line), line
+            assert re.search(r'setup\.sh" ("test|"")', line), line

@@ -14,8 +14,9 @@ from bnresearch.norm import Stats, batch_norm
 from bnresearch.parallel import MODES, ShardMapLayout, make_layout, parse_scope
 from bnresearch.rundir import open_run
 
-SCOPES = {"global": 1, "group:4": 2, "group:2": 4, "device": 8}  # scope -> groups of 8 devices
-BATCH, FEATURES, DECAY, EPSILON = 32, 5, 0.9, 1e-5
+# scope -> sets of statistics in a batch of 64 on 8 devices: several devices each, or part of one
+SCOPES = {"global": 1, "group:4": 2, "group:2": 4, "device": 8, "ghost:16": 4, "ghost:4": 16}
+BATCH, FEATURES, DECAY, EPSILON = 64, 5, 0.9, 1e-5
 
 
 def numpy_batch_norm(x, scale, bias, groups):

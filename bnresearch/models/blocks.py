@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bnresearch.errors import UserError, lookup
+from bnresearch.reparam import PLAIN, Hooks
+
+Initializer = Callable[..., jax.Array]
 
 # He et al. (2015), for relu, whatever the activation: then kernels are equal for one seed in all
 # arms of a comparison. Convolutions preserve the variance of the gradient (fan_out, as torchvision
@@ -18,6 +21,9 @@ CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DENSE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 # LeCun et al. (1998): the head is followed by no activation, so its gain is 1.
 HEAD_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+# The name of the last layer in all models.
+HEAD = "head"
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,16 @@ class Parts:
     (`linear_bias`) and a norm of kind "none" is the identity.
 
     Attributes:
-      norm: ``norm(name=, after_linear=, scale_init=)`` -> module; ``after_linear=False`` says that
-        no bias was left out for the sake of this norm.
+      norm: a `layers.NormMaker`: ``norm(name=, after_linear=, scale_init=, activation_follows=)``
+        -> module, and ``norm.linear(path, function)``, which lets it reparametrise kernels;
+        ``after_linear=False`` says that no bias was left out for the sake of this norm,
+        ``activation_follows=True`` that a norm which brings its activation may apply it here.
       act: the activation.
       placement: a key of PLACEMENTS.
       dtype: in which convolutions and dense layers compute; parameters are float32.
     """
 
-    norm: Callable[..., Any]
+    norm: Any
     act: Callable[[jax.Array], jax.Array]
     placement: str
     dtype: Any
@@ -51,31 +59,61 @@ class Parts:
         return PLACEMENTS[self.placement]
 
     def norm_act(self, x: jax.Array, name: str) -> jax.Array:
-        """Norm and activation in the order of the placement; same shape."""
-        if self.linear_bias:
-            return self.norm(name=name, after_linear=False)(self.act(x))
-        return self.act(self.norm(name=name)(x))
+        """Norm and activation in the order of the placement; same shape. A norm that brings its
+        activation stands for both."""
+        norm = self.norm(name=name, after_linear=not self.linear_bias, activation_follows=True)
+        if norm.activates:
+            return norm(x)
+        return norm(self.act(x)) if self.linear_bias else self.act(norm(x))
 
     def conv(
-        self, x: jax.Array, features: int, kernel: int, stride: int, name: str, bias: bool = False
+        self,
+        x: jax.Array,
+        features: int,
+        kernel: int,
+        stride: int,
+        name: str,
+        bias: bool = False,
+        init: Initializer = CONV_INIT,
+        hooks: Hooks = PLAIN,
     ) -> jax.Array:
         """``[B, H, W, C]`` to ``[B, ceil(H/stride), ceil(W/stride), features]``; odd kernels."""
-        return nn.Conv(
+        convolve = hooks.conv or jax.lax.conv_general_dilated
+        layer = nn.Conv(
             features,
             (kernel, kernel),
             strides=stride,
             padding=_padding(kernel),
             use_bias=bias,
             dtype=self.dtype,
-            kernel_init=CONV_INIT,
+            kernel_init=init,
+            # Where the layer stands is known once it stands there.
+            conv_general_dilated=lambda *a, **k: self.norm.linear(layer.path, convolve)(*a, **k),
             name=name,
-        )(x)
+        )
+        return layer(x)
 
     def dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
         """``[B, C]`` to ``[B, features]``, with a bias where the placement asks for one."""
-        return nn.Dense(
-            features, self.linear_bias, dtype=self.dtype, kernel_init=DENSE_INIT, name=name
-        )(x)
+        multiply = jax.lax.dot_general
+        layer = nn.Dense(
+            features,
+            self.linear_bias,
+            dtype=self.dtype,
+            kernel_init=DENSE_INIT,
+            dot_general=lambda *a, **k: self.norm.linear(layer.path, multiply)(*a, **k),
+            name=name,
+        )
+        return layer(x)
+
+
+class NoNorm:
+    """What a model without norm sites hands to its parts in the place of ``norm``: it leaves
+    kernels as they are, and cannot be called."""
+
+    def linear(self, path: tuple[str, ...], function: Callable[..., jax.Array]) -> Callable:
+        """See `layers.NormMaker.linear`."""
+        return function
 
 
 def parts(model: Any) -> Parts:
@@ -93,10 +131,16 @@ def global_pool(x: jax.Array) -> jax.Array:
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 
-def head(x: jax.Array, num_classes: int) -> jax.Array:
+def head(x: jax.Array, num_classes: int, init: Initializer = HEAD_INIT) -> jax.Array:
     """``[B, C]`` to float32 logits ``[B, num_classes]``; computed in float32 whatever came in."""
     x = x.astype(jnp.float32)
-    return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=HEAD_INIT, name="head")(x)
+    return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=init, name=HEAD)(x)
+
+
+def in_head(path: tuple[Any, ...]) -> bool:
+    """Whether the parameter at a jax key path belongs to the head, whose name is always the same:
+    what changes hidden layers (initialisers, adaptive clipping) leaves it alone."""
+    return path[0].key == HEAD
 
 
 def check_style(options: Mapping[str, Any]) -> None:

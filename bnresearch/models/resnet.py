@@ -222,16 +222,12 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[B, H, W, C]`` to float32 logits ``[B, num_classes]``."""
-        p, family = parts(self), FAMILIES[self.family]
-        blocks, branch = family.layout(self.depth)
-        features = round(family.features * self.width)
-        stem, preactivated = STEMS[auto(self.stem, family.stem)], self.version == "v2"
+        p, preactivated = parts(self), self.version == "v2"
+        stem, stages = layout("resnet", self.family, self.depth, self.width, self.stem)
         x = x.astype(self.dtype)
-        x = Stem(p, stem.convs(features), stem.pool, bare=preactivated, name="stem")(x)
-        for i, count in enumerate(blocks):
-            strides = [1 if i == 0 else 2] + [1] * (count - 1)
-            branches = [branch(features * 2**i, stride) for stride in strides]
-            x = Stage(self._block(p), branches, name=f"stage{i + 1}")(x)
+        x = Stem(p, stem.convs, stem.pool, bare=preactivated, name="stem")(x)
+        for i, branches in enumerate(stages, 1):
+            x = Stage(self._block(p), branches, name=f"stage{i}")(x)
         if preactivated:
             x = p.norm_act(x, "norm")
         return head(global_pool(x), self.num_classes)
@@ -258,32 +254,56 @@ def deep_stem(features: int) -> list[Conv]:
 
 
 class Family(NamedTuple):
-    """Features of the first stage, what "auto" stands for, and depth -> (blocks, branch)."""
+    """Features of the first stage, what "auto" stands for, and (model, depth) -> blocks of
+    each stage, and their branch."""
 
     features: int
     stem: str
     shortcut: str
-    layout: Callable[[int], tuple[tuple[int, ...], Branch]]
+    blocks: Callable[[str, int], tuple[tuple[int, ...], Branch]]
 
 
-def cifar_layout(depth: int) -> tuple[tuple[int, ...], Branch]:
+class StemConvs(NamedTuple):
+    """The convolutions of a stem, and whether max-pooling follows."""
+
+    convs: list[Conv]
+    pool: bool
+
+
+def layout(
+    model: str, family: str, depth: int, width: float, stem: str
+) -> tuple[StemConvs, list[list[list[Conv]]]]:
+    """All convolutions of a residual net but for its shortcuts: of the stem, and stage by stage
+    those of each block's branch. ``model`` is its name, for messages."""
+    of = FAMILIES[family]
+    blocks, branch = of.blocks(model, depth)
+    features = round(of.features * width)
+    start = STEMS[auto(stem, of.stem)]
+    stages = []
+    for i, count in enumerate(blocks):
+        strides = [1 if i == 0 else 2] + [1] * (count - 1)
+        stages.append([branch(features * 2**i, stride) for stride in strides])
+    return StemConvs(start.convs(features), start.pool), stages
+
+
+def cifar_blocks(model: str, depth: int) -> tuple[tuple[int, ...], Branch]:
     """Three stages of n = (depth - 2) / 6 basic blocks."""
     n, rest = divmod(depth - 2, 6)
     if n < 1 or rest:
         near = (6 * n + 2, 6 * n + 8) if n >= 1 else (8, 14)
         raise UserError(
-            f"model.resnet.depth {depth} is impossible in the cifar family: depths are 6n+2 "
+            f"model.{model}.depth {depth} is impossible in the cifar family: depths are 6n+2 "
             f"(20, 32, 44, 56, 110, ...); the nearest are {near[0]} and {near[1]}"
         )
     return (n, n, n), basic
 
 
-def imagenet_layout(depth: int) -> tuple[tuple[int, ...], Branch]:
+def imagenet_blocks(model: str, depth: int) -> tuple[tuple[int, ...], Branch]:
     """The four stages of table 1 in He et al. (2016a)."""
     if depth not in IMAGENET:
         raise UserError(
-            f"model.resnet.depth {depth} is unknown in the imagenet family; choose one of: "
-            f"{', '.join(map(str, IMAGENET))}, or take model.resnet.family=cifar for depths of 6n+2"
+            f"model.{model}.depth {depth} is unknown in the imagenet family; choose one of: "
+            f"{', '.join(map(str, IMAGENET))}; for depths of 6n+2 take model.{model}.family=cifar"
         )
     return IMAGENET[depth]
 
@@ -296,28 +316,35 @@ def auto(value: str, own: str) -> str:
 def check(options: Mapping[str, Any], input_shape: tuple[int, int, int]) -> None:
     """Raises UserError for options no ResNet can have, and for images that are too small."""
     check_style(options)
-    family = lookup(FAMILIES, options["family"], "model.resnet.family")
     lookup(VERSIONS, options["version"], "model.resnet.version")
-    lookup({**SHORTCUTS, "auto": None}, options["shortcut"], "model.resnet.shortcut")
-    lookup({**STEMS, "auto": None}, options["stem"], "model.resnet.stem")
-    blocks, _ = family.layout(options["depth"])
-    _check_width(options["width"], family.features)
+    check_layout("resnet", options, input_shape)
     if options["zero_gamma"] and options["version"] == "v2":
         raise UserError(
             "model.resnet.zero_gamma is on, but v2 has no norm at the end of a branch, and a scale "
             "of 0 in front of relu is dead for ever (relu'(0) = 0, so nothing there gets a "
             "gradient); switch zero_gamma off or take version v1"
         )
+
+
+def check_layout(model: str, options: Mapping[str, Any], input_shape: tuple[int, int, int]) -> None:
+    """Raises UserError for a family, depth, width, stem or shortcut that cannot be, and for images
+    too small for them; options a model does not have are not looked at."""
+    family = lookup(FAMILIES, options["family"], f"model.{model}.family")
+    if "shortcut" in options:
+        lookup({**SHORTCUTS, "auto": None}, options["shortcut"], f"model.{model}.shortcut")
+    lookup({**STEMS, "auto": None}, options["stem"], f"model.{model}.stem")
+    blocks, _ = family.blocks(model, options["depth"])
+    _check_width(model, options["width"], family.features)
     stem = STEMS[auto(options["stem"], family.stem)]
-    advice = "take model.resnet.stem=cifar" if stem.downsamplings else ""
+    advice = f"take model.{model}.stem=cifar" if stem.downsamplings else ""
     check_image(input_shape, stem.downsamplings + len(blocks) - 1, advice)
 
 
-def _check_width(width: float, features: int) -> None:
-    check_finite(width, "model.resnet.width")
+def _check_width(model: str, width: float, features: int) -> None:
+    check_finite(width, f"model.{model}.width")
     if round(features * width) < 1:
         raise UserError(
-            f"model.resnet.width {width} leaves no features: it multiplies {features}; "
+            f"model.{model}.width {width} leaves no features: it multiplies {features}; "
             f"take at least {1 / features}"
         )
 
@@ -336,6 +363,6 @@ IMAGENET = {
     101: ((3, 4, 23, 3), bottleneck),
 }
 FAMILIES = {
-    "cifar": Family(16, "cifar", "pad", cifar_layout),
-    "imagenet": Family(64, "imagenet", "projection", imagenet_layout),
+    "cifar": Family(16, "cifar", "pad", cifar_blocks),
+    "imagenet": Family(64, "imagenet", "projection", imagenet_blocks),
 }

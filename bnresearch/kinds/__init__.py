@@ -1,0 +1,1 @@
+"""Every normaliser of the table `bnresearch.norm.NORMS` as a pure function, one file per family."""

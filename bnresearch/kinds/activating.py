@@ -1,0 +1,183 @@
+"""Normalisers without batch statistics that bring their activation: the model leaves its own out.
+
+All take ``activates``: false at a site with no activation behind it, such as the end of a residual
+branch, where they leave theirs out and normalise only. Parameters of the activation stand there all
+the same, without a gradient, so that a site's parameters do not depend on its place.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtri
+
+from bnresearch.kinds import starts
+from bnresearch.kinds.batch import affine, standardise
+from bnresearch.kinds.within import (
+    centred_and_var,
+    grouped,
+    mean_square,
+    prepared,
+    refuse_single,
+    values_in,
+)
+
+
+def frn_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The affine; ``threshold`` zeros, ``[features]``; with ``learned_epsilon`` also
+    ``extra_epsilon``, one number, 1e-4 as in the paper."""
+    start = starts.affine(features, options) | {"threshold": jnp.zeros(features)}
+    if options.get("learned_epsilon", False):
+        start["extra_epsilon"] = jnp.full((), 1e-4)
+    return start
+
+
+def frn(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    threshold: jax.Array,
+    extra_epsilon: jax.Array | None = None,
+    *,
+    epsilon: Any = 1e-6,
+    activates: bool = True,
+    mask: Any = None,
+) -> jax.Array:
+    """Filter response normalization with thresholded linear unit (Singh & Krishnan, 2020).
+
+        y = max(scale * x / sqrt(mean(x^2) + epsilon + |extra_epsilon|) + bias, threshold)
+
+    The mean square is that of each feature of one example over its positions, in float32; nothing
+    is subtracted. x is ``[batch, ..., features]``, and ``[batch, features]`` counts as one
+    position; scale (ones), bias and threshold (zeros) are ``[features]``, extra_epsilon is one
+    number, all float32. Nothing is kept.
+
+    Training: as above; no example sees another one. It is its own activation: the model leaves its
+    activation out.
+    Inference: the same.
+    Options: ``learned_epsilon`` adds the learned extra_epsilon, which starts at 1e-4: the paper's
+    remedy for layers with one position. A mask leaves positions out of the mean square.
+    Pitfalls: over one position without learned_epsilon the output is the sign of the input, and
+    hardly any gradient comes through. It wants a warm-up of the learning rate. Where no activation
+    belongs (``activates=False``) the threshold is left out.
+    Citation: Singh & Krishnan (2020), Filter Response Normalization Layer: Eliminating Batch
+    Dependence in the Training of Deep Neural Networks, CVPR, arXiv:1911.09737.
+
+    Raises:
+      UserError: integer input, a mask that does not fit.
+    """
+    wide, mask = prepared(x, mask)
+    if extra_epsilon is not None:
+        epsilon = epsilon + jnp.abs(extra_epsilon)
+    square = mean_square(wide, tuple(range(1, x.ndim - 1)), mask)
+    y = standardise(wide, square, scale, bias, epsilon)
+    return (jnp.maximum(y, threshold) if activates else y).astype(x.dtype)
+
+
+def evonorm_s0_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The affine; ``v`` ones, ``[features]``."""
+    return starts.affine(features, options) | {"v": jnp.ones(features)}
+
+
+def evonorm_s0(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    v: jax.Array,
+    *,
+    epsilon: Any = 1e-5,
+    groups: int = 32,
+    activates: bool = True,
+    mask: Any = None,
+) -> jax.Array:
+    """EvoNorm-S0 (Liu, Brock, Simonyan & Le, 2020).
+
+        y = scale * x * sigmoid(v * x) / sqrt(var(x) + epsilon) + bias
+
+    The variance (biased) is that of one example's group of features, as in group norm, in two
+    passes and in float32; the input itself is not centred. x is ``[batch, ..., features]``; scale
+    and v (ones) and bias (zeros) are ``[features]``, float32. Nothing is kept.
+
+    Training: as above; no example sees another one. It is its own activation: the model leaves its
+    activation out.
+    Inference: the same.
+    Options: ``groups`` as in group norm. A mask leaves positions out of the variance.
+    Pitfalls: where no activation belongs (``activates=False``) the numerator is x alone; that still
+    divides by the deviation, whereas public code for these sites applies scale and bias only. An
+    offset much larger than the deviation is not taken away, but blown up.
+    Citation: Liu, Brock, Simonyan & Le (2020), Evolving Normalization-Activation Layers, NeurIPS,
+    arXiv:2004.02967.
+
+    Raises:
+      UserError: groups that do not divide the features, one single value per group, integer
+        input, a mask that does not fit.
+    """
+    wide, mask = prepared(x, mask)
+    cut, mask, axes = grouped(wide, mask, groups, "evonorm_s0")
+    refuse_single("evonorm_s0", x.shape, values_in(cut.shape, axes))
+    _, var = centred_and_var(cut, axes, mask)
+    numerator = wide * jax.nn.sigmoid(v * wide) if activates else wide
+    y = standardise(numerator.reshape(cut.shape), var, None, None, epsilon).reshape(x.shape)
+    return affine(y, scale, bias).astype(x.dtype)
+
+
+def proxy_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The affine; ``proxy_bias`` and ``proxy_scale`` zeros, ``[features]``."""
+    zeros = {name: jnp.zeros(features) for name in ("proxy_bias", "proxy_scale")}
+    return starts.affine(features, options) | zeros
+
+
+def proxy_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    proxy_bias: jax.Array,
+    proxy_scale: jax.Array,
+    *,
+    epsilon: Any = 1e-5,
+    proxy_epsilon: Any = 0.03,
+    groups: int = 1,
+    samples: int = 256,
+    activates: bool = True,
+    mask: Any = None,
+) -> jax.Array:
+    """Proxy normalization (Labatie, Masters, Eaton-Rosen & Luschi, 2021).
+
+        y = (f(h) - mean(f(p))) / sqrt(var(f(p)) + proxy_epsilon)
+        h = scale * (x - m) / sqrt(v + epsilon) + bias
+        p = scale * (proxy_bias + (1 + proxy_scale) * N(0, 1)) + bias
+        f = relu
+
+    Group norm and a rectifier, then the mean and deviation that the rectified feature would have if
+    the normalised one were normally distributed: what batch norm would see, without a batch. m and
+    v are as in group norm, in float32; mean and variance of the proxy p are taken over ``samples``
+    evenly spaced quantiles of the normal distribution. x is ``[batch, ..., features]``; scale,
+    bias, proxy_bias and proxy_scale (both zeros) are ``[features]``, float32. Nothing is kept.
+
+    Training: as above; no example sees another one. It is its own activation: the model leaves its
+    activation out.
+    Inference: the same; mean and deviation of the proxy could be computed once.
+    Options: ``groups`` as in group norm, 1 for layer norm over the example; ``proxy_epsilon`` and
+    ``samples`` of the proxy. A mask leaves positions out of m and v.
+    Pitfalls: the output is no longer positive. Where no activation belongs (``activates=False``) y
+    is h: group norm.
+    Citation: Labatie, Masters, Eaton-Rosen & Luschi (2021), Proxy-Normalizing Activations to Match
+    Batch Normalization while Removing Batch Dependence, NeurIPS, arXiv:2106.03743.
+
+    Raises:
+      UserError: groups that do not divide the features, one single value per group, integer
+        input, a mask that does not fit.
+    """
+    wide, mask = prepared(x, mask)
+    cut, mask, axes = grouped(wide, mask, groups, "proxy")
+    refuse_single("proxy", x.shape, values_in(cut.shape, axes))
+    centred, var = centred_and_var(cut, axes, mask)
+    h = affine(standardise(centred, var, None, None, epsilon).reshape(x.shape), scale, bias)
+    if not activates:
+        return h.astype(x.dtype)
+    quantiles = jnp.asarray(ndtri((np.arange(samples) + 0.5) / samples), h.dtype)[:, None]
+    proxy = jax.nn.relu(affine(proxy_bias + (1 + proxy_scale) * quantiles, scale, bias))
+    y = (jax.nn.relu(h) - proxy.mean(0)) * jax.lax.rsqrt(proxy.var(0) + proxy_epsilon)
+    return y.astype(x.dtype)

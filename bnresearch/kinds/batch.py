@@ -1,0 +1,167 @@
+"""Batch Normalization itself, and what every kind with batch statistics shares."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnresearch import averages
+from bnresearch.errors import UserError, lookup
+from bnresearch.sets import Scope, Sets, Stats, moments, whole_batch, wide
+
+ON_SINGLE = ("error", "warn", "beta")
+
+
+def single_value(sets: Sets, shape: tuple[int, ...], on_single: str) -> None:
+    """Refuse, warn of, or let pass a set of one single value, whose output is the bias.
+
+    With a mask the counts are data. Outside of jit they are looked at here; under jit a set of one
+    value becomes NaN with "error" (see `batch_moments`), which the training loop reports.
+    """
+    lookup(dict.fromkeys(ON_SINGLE), on_single, "on_single")
+    if isinstance(sets.count, jax.core.Tracer) or not (np.asarray(sets.count) == 1).any():
+        return
+    message = (
+        f"batch statistics over one single value (input {tuple(shape)}): the output would "
+        "not depend on the input; use a larger batch, a wider norm.scope, "
+        "norm.kind=group|layer, or allow it with on_single=warn|beta"
+    )
+    if on_single == "error":
+        raise UserError(message)
+    if on_single == "warn":
+        warnings.warn(message, stacklevel=3)
+
+
+def batch_moments(
+    x: jax.Array,
+    running: Any,
+    *,
+    scope: Scope = Scope(),
+    mask: Any = None,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    on_single: str = "error",
+) -> tuple[Sets, jax.Array, Stats]:
+    """The input in its sets, ``x - mean``, and mean and biased variance of each set.
+
+    A set in which the mask leaves no value is given the running statistics, and counts for nothing
+    in averages over sets.
+
+    Raises:
+      UserError: sets of one value with ``on_single="error"``, a mask that does not fit, an unknown
+        algorithm or dtype.
+    """
+    sets = Sets(x, scope, mask, stat_dtype)
+    single_value(sets, x.shape, on_single)
+    centred, stats = moments(sets, variance)
+    if sets.mask is None:
+        return sets, centred, stats
+    empty = sets.count == 0
+    centred = jnp.where(empty, sets.x - running.mean, centred)
+    stats = Stats(*(jnp.where(empty, r, b) for r, b in zip(running[:2], stats, strict=True)))
+    if on_single == "error":
+        stats = stats._replace(var=jnp.where(sets.count == 1, jnp.nan, stats.var))
+    return sets, centred, stats
+
+
+def affine(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    """``y * scale + bias``, each left out where it is None."""
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
+def standardise(
+    centred: jax.Array, var: Any, scale: jax.Array | None, bias: jax.Array | None, epsilon: Any
+) -> jax.Array:
+    """``centred / sqrt(var + epsilon) * scale + bias``, scale and deviation multiplied first: one
+    product per value, not two."""
+    multiplier = affine(jax.lax.rsqrt(var + epsilon), scale, None)
+    return affine(centred * multiplier, None, bias)
+
+
+def normalise(
+    x: jax.Array,
+    stats: Any,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: Any,
+) -> jax.Array:
+    """``(x - mean) / sqrt(var + epsilon) * scale + bias`` with given statistics, in float32, in
+    the dtype of x."""
+    return standardise(wide(x) - stats.mean, stats.var, scale, bias, epsilon).astype(x.dtype)
+
+
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    running: Any,
+    *,
+    use: str,
+    decay: Any = 0.9,
+    epsilon: Any = 1e-5,
+    correction: int = 0,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    average: str = "ema",
+    track: str = "variance",
+    on_single: str = "error",
+    scope: Scope = Scope(),
+    mask: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Batch normalization (Ioffe & Szegedy, 2015).
+
+        y = scale * (x - m) / sqrt(v + epsilon) + bias
+
+    m and v are mean and biased variance of each feature over all axes but the last: over the whole
+    batch on all devices, or over each set that the scope names, weighted by counts. x is
+    ``[batch, ..., features]``; scale, bias and the running mean and variance are ``[features]``,
+    float32.
+
+    Training: normalises with m and v of the batch. The running statistics move once, towards those
+    of the whole batch whatever the scope (mean of the means, variance of the pooled values).
+    Inference: normalises with the running mean and variance, which stay as they are.
+    Options: ``decay`` of the running statistics, in [0, 1]; ``correction`` 1 for an unbiased
+    running variance; ``variance`` two_pass, fast (E[x^2] - m^2, clamped) or shifted (one pass over
+    x minus one of its values); ``stat_dtype`` float32, or input for that of the input; ``average``
+    ema, debiased, cumulative or last (``window`` batches); ``track`` variance or second_moment;
+    ``on_single`` error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves
+    positions out of all statistics.
+    Pitfalls: a bias before it is needless (its gradient is 0). One value per feature gives the bias
+    whatever the input, hence it is refused; two give the sign of their difference, and no gradient.
+    Weight decay on scale pulls the signal to zero. A mask that leaves a set no value gives it the
+    running statistics; one value is refused, or NaN where only the compiled program knows it.
+    Citation: Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by
+    Reducing Internal Covariate Shift, ICML, arXiv:1502.03167.
+
+    Returns:
+      y in the shape and dtype of x, and the new running statistics, of the type of ``running``.
+
+    Raises:
+      UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
+        mask or sets that do not fit; an unknown option value.
+    """
+    if use == "running":
+        return normalise(x, running, scale, bias, epsilon), running
+    sets, centred, stats = batch_moments(
+        x,
+        running,
+        scope=scope,
+        mask=mask,
+        variance=variance,
+        stat_dtype=stat_dtype,
+        on_single=on_single,
+    )
+    y = sets.join(standardise(centred, stats.var, scale, bias, epsilon))
+    new = averages.update(
+        running,
+        whole_batch(sets, stats),
+        sets.batch_count(),
+        decay=decay,
+        correction=correction,
+        average=average,
+        track=track,
+    )
+    return y, new

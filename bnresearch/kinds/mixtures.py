@@ -1,0 +1,306 @@
+"""Kinds between batch norm and the norms of one example."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnresearch import averages
+from bnresearch.errors import UserError
+from bnresearch.kinds import starts
+from bnresearch.kinds.batch import affine, batch_moments, single_value, standardise
+from bnresearch.kinds.within import centred_and_var
+from bnresearch.sets import Scope, Sets, Stats, align_mask, moments, pool, whole_batch
+
+
+def _moved(
+    running: Any, sets: Sets, stats: Stats, decay: Any, correction: int, average: str, track: str
+) -> Any:
+    return averages.update(
+        running,
+        whole_batch(sets, stats),
+        sets.batch_count(),
+        decay=decay,
+        correction=correction,
+        average=average,
+        track=track,
+    )
+
+
+def switchable_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The affine; ``mean_logits`` and ``var_logits`` ones, ``[3]``: instance, layer, batch."""
+    logits = {name: jnp.ones(3) for name in ("mean_logits", "var_logits")}
+    return starts.affine(features, options) | logits
+
+
+def switchable_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    mean_logits: jax.Array,
+    var_logits: jax.Array,
+    running: Any,
+    *,
+    use: str,
+    decay: Any = 0.9,
+    epsilon: Any = 1e-5,
+    correction: int = 0,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    average: str = "ema",
+    track: str = "variance",
+    on_single: str = "error",
+    scope: Scope = Scope(),
+    mask: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Switchable normalization (Luo, Ren, Peng, Zhang & Li, 2018).
+
+        y = scale * (x - sum_k p_k m_k) / sqrt(sum_k q_k v_k + epsilon) + bias
+
+    k runs over instance, layer and batch: m_k and v_k are mean and biased variance of each feature
+    of an example, of the example, of each feature over the batch (or the sets of the scope). p and
+    q are the softmax of ``mean_logits`` and ``var_logits``, ``[3]``, learned. With one position
+    only (``[batch, features]``) instance statistics are undefined and p and q are over the other
+    two. x is ``[batch, ..., features]``; scale, bias and the running mean and variance (of the
+    batch part) are ``[features]``, float32.
+
+    Training: as above.
+    Inference: the batch part with the running statistics, the others as in training.
+    Options: those of batch norm, for its part (``decay``, ``correction``, ``variance``,
+    ``stat_dtype``, ``average``, ``window``, ``track``, ``on_single``); ``scale`` and ``bias`` false
+    to leave them out. A mask leaves positions out of all statistics.
+    Pitfalls: a mixture of variances is not the variance of anything: it ignores that the means
+    differ. The output of an example has mean 0 and variance 1 over nothing in particular. Public
+    code takes unbiased variances, and starts the running variance at 0; here they are biased, and
+    it starts at 1.
+    Citation: Luo, Ren, Peng, Zhang & Li (2018), Differentiable Learning-to-Normalize via Switchable
+    Normalization, ICLR 2019, arXiv:1806.10779.
+
+    Raises:
+      UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
+        mask or sets that do not fit; an unknown option value.
+    """
+    new = running
+    if use == "running":
+        sets = Sets(x, mask=mask)
+        centred, stats = sets.x - running.mean, Stats(running.mean, running.var)
+    else:
+        sets, centred, stats = batch_moments(
+            x,
+            running,
+            scope=scope,
+            mask=mask,
+            variance=variance,
+            stat_dtype=stat_dtype,
+            on_single=on_single,
+        )
+        new = _moved(running, sets, stats, decay, correction, average, track)
+    parts = [*_of_examples(sets, x.ndim), (centred, stats.var)]
+    logits = jnp.stack([mean_logits, var_logits])[:, -len(parts) :]
+    p, q = jax.nn.softmax(logits, axis=-1)
+    # As the weights add to 1, no mean has to be subtracted from another one.
+    mixed = sum(weight * part for weight, (part, _) in zip(p, parts, strict=True))
+    var = sum(weight * part for weight, (_, part) in zip(q, parts, strict=True))
+    return sets.join(standardise(mixed, var, scale, bias, epsilon)), new
+
+
+def _of_examples(sets: Sets, ndim: int) -> list[tuple[jax.Array, jax.Array]]:
+    """``x - mean`` and variance of instance and layer norm; the former if there are positions."""
+    batch = sets.x.ndim - ndim
+    positions = tuple(range(batch + 1, sets.x.ndim - 1))
+    layer = centred_and_var(sets.x, (*positions, sets.x.ndim - 1), sets.mask)
+    if all(sets.x.shape[axis] == 1 for axis in positions):
+        return [layer]
+    return [centred_and_var(sets.x, positions, sets.mask), layer]
+
+
+def _channels(features: int, channels_per_group: int) -> int:
+    size = channels_per_group or features
+    if size < 1 or features % size:
+        divisors = [n for n in range(1, features + 1) if features % n == 0]
+        raise UserError(
+            f"norm.batch_group.channels_per_group={channels_per_group} on {features} features: "
+            f"they do not divide; choose 0 (all) or one of {', '.join(map(str, divisors))}"
+        )
+    return size
+
+
+def _grouped_scope(scope: Scope, examples: int, examples_per_group: int) -> Scope:
+    """The scope in which each set is a group of examples of this device."""
+    if examples_per_group == 0:
+        return scope
+    per_set = examples // scope.splits
+    if examples_per_group < 1 or per_set % examples_per_group:
+        raise UserError(
+            f"norm.batch_group.examples_per_group={examples_per_group} on {per_set} examples of a "
+            "set on this device: they do not divide; choose 0 (all) or a divisor"
+        )
+    axes = tuple(sorted(scope.axes())) or None
+    return Scope(pool=axes, splits=examples // examples_per_group)
+
+
+def _side_by_side(x: jax.Array, channels: int) -> jax.Array:
+    """``[..., channels of a group, groups]``: a group of channels as one feature with more
+    positions."""
+    return x.reshape(*x.shape[:-1], -1, channels).swapaxes(-1, -2)
+
+
+def batch_group_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    running: Any,
+    *,
+    use: str,
+    examples_per_group: int = 0,
+    channels_per_group: int = 1,
+    decay: Any = 0.9,
+    epsilon: Any = 1e-5,
+    correction: int = 0,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    average: str = "ema",
+    track: str = "second_moment",
+    on_single: str = "error",
+    scope: Scope = Scope(),
+    mask: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Batch group normalization (Summers & Dinneen, 2020).
+
+        y = scale * (x - m) / sqrt(v + epsilon) + bias
+
+    m and v are mean and biased variance over groups of ``examples_per_group`` contiguous examples
+    times ``channels_per_group`` contiguous features, and all positions. x is ``[batch, ...,
+    features]``; scale, bias and the running mean and variance are ``[features]``, float32.
+
+    =============  ==================  ==================
+    corner case    examples_per_group  channels_per_group
+    =============  ==================  ==================
+    batch          0                   1
+    ghost batch    k                   1
+    group          1                   k
+    layer          1                   0
+    instance       1                   1
+    =============  ==================  ==================
+
+    Training: as above. The running mean and E[x^2] (kept as a variance, which does not cancel) of
+    each feature move towards those of the whole batch.
+    Inference: with the running moments, averaged over the features of a group. With
+    ``examples_per_group=1`` as in training: then no example needs another one.
+    Options: ``examples_per_group`` (0: all of the set that the scope names) and
+    ``channels_per_group`` (0: all); the others as in batch norm (``decay``, ``correction``,
+    ``variance``, ``stat_dtype``, ``average``, ``window``, ``track``, ``on_single``, ``scale``,
+    ``bias``). A mask leaves positions out of all statistics.
+    Pitfalls: the default is batch norm. Groups of examples do not reach over devices: the examples
+    of a device must be a multiple. The running variance is over features and batches what a group
+    is normalised with only if groups are large.
+    Citation: Summers & Dinneen (2020), Four Things Everyone Should Know to Improve Batch
+    Normalization, ICLR, arXiv:1906.03548.
+
+    Raises:
+      UserError: groups that do not divide examples or features; statistics over one single value
+        with ``on_single="error"``; integer input; a mask or sets that do not fit; an unknown option
+        value.
+    """
+    channels = _channels(x.shape[-1], channels_per_group)
+    if use == "running" and examples_per_group != 1:
+        y = _with_running(Sets(x).x, running, channels, epsilon)
+        return affine(y.reshape(x.shape), scale, bias).astype(x.dtype), running
+    inner = _grouped_scope(Scope() if use == "running" else scope, len(x), examples_per_group)
+    aligned = None if mask is None else align_mask(mask, x.shape)
+    if aligned is not None:
+        width = channels if aligned.shape[-1] > 1 else 1
+        aligned = _side_by_side(aligned, width)
+    groups = Sets(_side_by_side(x, channels), inner, aligned, stat_dtype)
+    single_value(groups, x.shape, on_single)
+    centred, stats = moments(groups, variance)
+    y = standardise(centred, stats.var, None, None, epsilon)
+    y = y.reshape(*x.shape[:-1], channels, -1).swapaxes(-1, -2).reshape(x.shape)
+    y = affine(y, scale, bias).astype(x.dtype)
+    if use == "running":
+        return y, running
+    per_feature = Sets(x, inner, mask, stat_dtype)
+    new = _moved(
+        running, per_feature, moments(per_feature, variance)[1], decay, correction, average, track
+    )
+    return y, new
+
+
+def _with_running(x: jax.Array, running: Any, channels: int, epsilon: Any) -> jax.Array:
+    """x with the running moments of its groups of channels, ``[..., groups, channels]``."""
+    cut = (running.mean.reshape(-1, channels).T, running.var.reshape(-1, channels).T)
+    stats = pool(Stats(*cut))
+    centred = x.reshape(*x.shape[:-1], -1, channels) - stats.mean[:, None]
+    return standardise(centred, stats.var[:, None], None, None, epsilon)
+
+
+def evonorm_b0_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The affine; ``v`` ones, ``[features]``."""
+    return starts.affine(features, options) | {"v": jnp.ones(features)}
+
+
+def evonorm_b0(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    v: jax.Array,
+    running: Any,
+    *,
+    use: str,
+    decay: Any = 0.9,
+    epsilon: Any = 1e-5,
+    correction: int = 0,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    average: str = "ema",
+    track: str = "variance",
+    on_single: str = "error",
+    activates: bool = True,
+    scope: Scope = Scope(),
+    mask: Any = None,
+) -> tuple[jax.Array, Any]:
+    """EvoNorm-B0 (Liu, Brock, Simonyan & Le, 2020).
+
+        y = scale * x / max(sqrt(batch_var + epsilon), v * x + sqrt(instance_var + epsilon)) + bias
+
+    batch_var is the biased variance of each feature over the batch (or the sets of the scope),
+    instance_var that of each feature of one example over its positions (0 where there is one); the
+    input itself is not centred. x is ``[batch, ..., features]``; scale and v (ones), bias (zeros)
+    and the running mean and variance are ``[features]``, float32.
+
+    Training: as above. It is its own activation: the model leaves its activation out.
+    Inference: batch_var is the running variance; the running mean is kept beside it, and not used.
+    Options: those of batch norm (``decay``, ``correction``, ``variance``, ``stat_dtype``,
+    ``average``, ``window``, ``track``, ``on_single``, ``scale``, ``bias``). timm has epsilon 1e-3
+    and an unbiased running variance. A mask leaves positions out of both variances.
+    Pitfalls: where no activation belongs (``activates=False``) the denominator is that of the batch
+    alone, and v has no gradient. An offset much larger than the deviation is blown up.
+    Citation: Liu, Brock, Simonyan & Le (2020), Evolving Normalization-Activation Layers, NeurIPS,
+    arXiv:2004.02967.
+
+    Raises:
+      UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
+        mask or sets that do not fit; an unknown option value.
+    """
+    new = running
+    if use == "running":
+        sets, var = Sets(x, mask=mask), running.var
+    else:
+        sets, _, stats = batch_moments(
+            x,
+            running,
+            scope=scope,
+            mask=mask,
+            variance=variance,
+            stat_dtype=stat_dtype,
+            on_single=on_single,
+        )
+        var = stats.var
+        new = _moved(running, sets, stats, decay, correction, average, track)
+    deviation = jnp.sqrt(var + epsilon)
+    if activates:
+        positions = tuple(range(sets.x.ndim - x.ndim + 1, sets.x.ndim - 1))
+        instance = centred_and_var(sets.x, positions, sets.mask)[1] if positions else 0.0
+        deviation = jnp.maximum(deviation, v * sets.x + jnp.sqrt(instance + epsilon))
+    return sets.join(affine(sets.x / deviation, scale, bias)), new
