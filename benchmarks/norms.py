@@ -1,7 +1,8 @@
 """Every kind of norm by itself, against flax.linen.BatchNorm: one training pass through one site.
 
 A pass is the forward in training, the gradient with respect to the input and the parameters, and
-the new running statistics. Kinds with options that do not fit the shape get others (OPTIONS).
+the new running statistics. The deviation is the largest of output and gradient of a small float32
+input on this device, from the same function in float64 on the CPU, relative to the largest value.
 """
 
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from benchmarks.measure import in_turn, ratios, spread, text
 from bnresearch.layers import make_norm
 from bnresearch.norm import NORMS
 
-HEADER = ("kind", "input", "ms per pass", "kind / flax BatchNorm", "n")
+HEADER = ("kind", "input", "ms per pass", "kind / flax BatchNorm", "n", "deviation: y", "dx")
 FLAX = "flax.linen.BatchNorm"
 
 # No linear map stands before a site by itself.
@@ -26,7 +28,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Milliseconds per pass of every kind and the ratio to flax, round by round."""
     on_cpu = jax.default_backend() == "cpu"
     shape, dtype = ((64, 16, 16, 32), jnp.float32) if on_cpu else ((256, 56, 56, 64), jnp.bfloat16)
-    calls, repeats = (1, 2) if quick else ((5, 15) if on_cpu else (20, 20))
+    calls, repeats = (1, 2) if quick else ((5, 15) if on_cpu else (10, 12))
     x = jax.random.normal(jax.random.key(0), shape, dtype)
     t = jax.random.normal(jax.random.key(1), shape, dtype)
     flax = nn.BatchNorm(use_running_average=False, momentum=0.9)
@@ -43,6 +45,7 @@ def run(quick: bool) -> dict[str, Any]:
                 "seconds": spread([value / calls for value in seconds[kind]]),
                 "over_flax": ratios(seconds[kind], seconds[FLAX]),
                 "flax_seconds": spread([value / calls for value in seconds[FLAX]]),
+                "deviation": deviation(site),
             }
         )
     return {"rows": rows}
@@ -73,6 +76,31 @@ def passes(site: nn.Module, x: jax.Array, t: jax.Array, calls: int) -> Callable[
     return work
 
 
+def deviation(site: nn.Module) -> list[float]:
+    """Of the output, and of the gradient with respect to the input."""
+    x, t = np.random.default_rng(0).normal(size=(2, 32, 6, 6, 64))
+
+    def outcome(dtype: Any, device: jax.Device) -> tuple[np.ndarray, np.ndarray]:
+        with jax.default_device(device), jax.enable_x64(dtype == np.float64):
+            here = jnp.asarray(x, dtype)
+            variables = site.init(jax.random.key(0), here)
+
+            def value(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+                rngs = {"norm": jax.random.key(0)}
+                y, _ = site.apply(variables, x, mutable=["batch_stats"], rngs=rngs)
+                return (y * jnp.asarray(t, dtype)).sum(), y
+
+            gradient, y = jax.jit(jax.grad(value, has_aux=True))(here)
+            return np.asarray(y, np.float64), np.asarray(gradient, np.float64)
+
+    found = outcome(np.float32, jax.devices()[0])
+    exact = outcome(np.float64, jax.devices("cpu")[0])
+    return [
+        float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+        for a, b in zip(found, exact, strict=True)
+    ]
+
+
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """One line per kind."""
     return [
@@ -82,6 +110,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
             text(row["seconds"], 1e3, 2),
             text(row["over_flax"]),
             str(row["seconds"]["n"]),
+            *(f"{value:.1e}" for value in row["deviation"]),
         )
         for row in result["rows"]
     ]

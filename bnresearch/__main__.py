@@ -77,8 +77,8 @@ def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
 
 
 def _list(values: flags.FlagValues, argv: list[str]) -> None:
-    """List what can be chosen in a config: norms | models | datasets | tasks | optimizers |
-    schedules | modes | stats | configs."""
+    """List what can be chosen in a config: norms | presets | weights | models | inits | datasets |
+    tasks | optimizers | schedules | modes | stats | configs."""
     what, *others = argv or [""]
     rows = lookup(LISTS, what, "thing to list")()
     if others:
@@ -96,6 +96,27 @@ def _norms() -> list[tuple[str, str]]:
     from bnresearch.handbook import listing
 
     return listing()
+
+
+def _weights() -> list[tuple[str, str]]:
+    from bnresearch.reparam import REPARAMS
+
+    return [(name, _summary(function)) for name, function in REPARAMS.items()]
+
+
+def _presets() -> list[tuple[str, str]]:
+    from bnresearch.conventions import PRESETS
+
+    return [
+        (name, ", ".join(f"{key}={value}" for key, value in preset.options.items()))
+        for name, preset in PRESETS.items()
+    ]
+
+
+def _inits() -> list[tuple[str, str]]:
+    from bnresearch.initialise import INITS
+
+    return [(name, _summary(entry.fit or entry.draw)) for name, entry in INITS.items()]
 
 
 def _models() -> list[tuple[str, str]]:
@@ -159,7 +180,10 @@ def _first_doc_line(path: Path) -> str:
 
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "norms": _norms,
+    "presets": _presets,
+    "weights": _weights,
     "models": _models,
+    "inits": _inits,
     "datasets": _datasets,
     "tasks": _tasks,
     "optimizers": _optimizers,

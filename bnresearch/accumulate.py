@@ -14,7 +14,7 @@ sweeps as there are sites in sequence, and so is the same iteration for the adjo
 about two forward and two backward sweeps per site, and the memory of one microbatch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,12 @@ def pool_microbatches(moments: Tree) -> Tree:
     return _each_site(pool_site, moments)
 
 
+def moved_once(batch_stats: Tree, choice_at: Callable[[str], Choice]) -> list[tuple[str, ...]]:
+    """The sites whose statistics move once per step, whatever the number of microbatches."""
+    sites = dict.fromkeys(path[:-1] for path in flatten_dict(batch_stats))
+    return [site for site in sites if NORMS[choice_at("/".join(site)).kind].update is not None]
+
+
 def update_statistics(
     before: Tree, threaded: Tree, moments: Tree, choice_at: Callable[[str], Choice]
 ) -> Tree:
@@ -75,11 +81,10 @@ def update_statistics(
     """
     old, new = flatten_dict(before), flatten_dict(threaded)
     found = flatten_dict(moments)
-    for site in {path[:-1]: None for path in old}:
+    for site in moved_once(before, choice_at):
         choice = choice_at("/".join(site))
         kind = NORMS[choice.kind]
-        if kind.update is None or kind.state is None:
-            continue
+        assert kind.state is not None
         mean, var, count = (found[(*site, name)] for name in ("mean", "var", "count"))
         start = kind.state(mean.shape[-1], choice.options)
         names = [name for name, value in start._asdict().items() if value is not None]
@@ -110,14 +115,21 @@ def gradients(
 
 
 def microbatch_gradients(
-    forward: Forward, params: Tree, batch_stats: Tree, count: int, unroll: bool
+    forward: Forward,
+    params: Tree,
+    batch_stats: Tree,
+    count: int,
+    unroll: bool,
+    once: Sequence[tuple[str, ...]] = (),
 ) -> tuple[jax.Array, Tree, Tree, Tree]:
-    """Loss, gradient, pooled moments, and the statistics that went through all microbatches;
-    ``forward`` normalises each microbatch by its own."""
+    """Loss, gradient, pooled moments, and the statistics that went through all microbatches, but
+    for those of the sites ``once``; ``forward`` normalises each microbatch by its own."""
+    before = {path: x for path, x in flatten_dict(batch_stats).items() if path[:-1] in once}
 
     def body(carry: tuple[Any, Tree], index: jax.Array) -> tuple[Any, Tree]:
         total, stats = carry
         loss, gradient, moments, stats = gradients(forward, params, stats, index)
+        stats = unflatten_dict(flatten_dict(stats) | before)
         return (jax.tree.map(jnp.add, total, (loss, gradient)), stats), moments
 
     # The first microbatch outside the scan gives the carry its type (under shard_map the loss and

@@ -77,9 +77,9 @@ def update(
       correction: 0 or 1: the variance that is averaged is ``var * count / (count - correction)``.
       average: a name of AVERAGES.
       track: "variance" averages the variances. "second_moment" averages E[x^2] beside the mean,
-        ``var = avg(E[x^2]) - avg(mean)^2``: the one that is the variance of the population even
-        when batches differ from each other. It is computed as a merge of variances, which does not
-        cancel.
+        ``var = avg(E[x^2]) - avg(mean)^2``: the variance of the population also when batches differ
+        from each other, up to (1 - decay) / (1 + decay) of the variance of their means. It is
+        computed as a merge of variances, which does not cancel.
     """
     lookup(dict.fromkeys(AVERAGES), average, "average of running statistics")
     lookup(dict.fromkeys(TRACKS), track, "track of running statistics")
@@ -110,9 +110,11 @@ def _last(running: Running, batch: Stats, some: jax.Array, track: str) -> Runnin
     assert running.recent_mean is not None and running.recent_var is not None
     window = running.recent_mean.shape[0]
     slot = (jnp.maximum(running.updates, 1) - 1).astype(jnp.int32) % window
-    new = (jnp.arange(window) == slot)[:, None] & (some > 0)
-    means = jnp.where(new, batch.mean, running.recent_mean)
-    variances = jnp.where(new, batch.var, running.recent_var)
+    # A feature without any value in this batch, but not in others, repeats what it was.
+    mean, var = (jnp.where(some > 0, b, r) for b, r in zip(batch, running[:2], strict=True))
+    new = (jnp.arange(window) == slot)[:, None] & (some.max() > 0)
+    means = jnp.where(new, mean, running.recent_mean)
+    variances = jnp.where(new, var, running.recent_var)
     filled = (jnp.arange(window) < running.updates).astype(jnp.float32)[:, None]
     mean, spread = pool(Stats(means, jnp.zeros_like(variances)), filled)
     var, _ = pool(Stats(variances, jnp.zeros_like(variances)), filled)

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bnresearch import config_file, data, initialise, models, norm_config, optim, parallel, tasks
+from bnresearch.conventions import momentum_message
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
 
@@ -131,7 +132,8 @@ def _config_flag(argv: list[str]) -> str | None:
 def _explain_flag(message: str) -> str:
     """absl's complaint about a value, with the kind of value that the config key takes."""
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
-    default = flatten(default_config()).get(match[1]) if match else None
+    defaults = flatten(default_config()) | norm_config.typical()
+    default = defaults.get(match[1]) if match else None
     if match is None or default is None:
         return f"{message}; see --help"
     return (
@@ -148,8 +150,11 @@ def _check_overrides(argv: list[str]) -> None:
             continue
         key, value = match.groups()
         group = [name for name in known if name.startswith(f"{key}.")]
+        kind = re.fullmatch(r"norm\.(\w+)\.momentum", key)
+        if kind and f"norm.{kind[1]}.decay" in known:
+            raise UserError(momentum_message(kind[1], value, has_presets=False))
         if not group:
-            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+            raise _unknown(key, known)
         table, choice = CHOICES.get(key, ({}, ""))
         meant = f"{key}.{choice}={value}" if value in table else f"one of its keys, as {group[0]}"
         raise UserError(f"{key} is a group of keys and takes no value; did you mean {meant}?")
@@ -175,12 +180,12 @@ def validate(config: ConfigDict) -> None:
     for key, value in flat.items():
         if value is not None:  # what a preset decides
             _check_value(key, value, known[key])
+    norm_config.validate(config)
     for path, (table, key) in CHOICES.items():
         lookup(table, _at(config, path)[key], f"{path}.{key}")
     _check_choice("dtype", config.dtype, DTYPES)
     _check_choice("train.accumulate_statistics", config.train.accumulate_statistics, STATISTICS)
     lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
-    norm_config.validate(config)
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed} is too large; give a number below 2**31")
     for key in ("train.accumulate", "train.keep", "data.batch_size"):
@@ -194,12 +199,26 @@ def validate(config: ConfigDict) -> None:
 def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+            raise _unknown(key, known)
     for key in known:
         if key not in given:
             raise UserError(
                 f"config key {key!r} is missing; start from bnresearch.config.default_config()"
             )
+
+
+def _unknown(key: str, known: Iterable[str]) -> UserError:
+    """Suggests the nearest keys of the same group, or lists what the group has."""
+    known, group = list(known), key.rpartition(".")[0]
+    while group and not any(name.startswith(f"{group}.") for name in known):
+        group = group.rpartition(".")[0]
+    members = [name for name in known if not group or name.startswith(f"{group}.")]
+    near = nearest(key, members)
+    if near.startswith("known:"):
+        depth = group.count(".") + 2 if group else 1
+        heads = {".".join(name.split(".")[:depth]) for name in members}
+        near = f"known: {', '.join(sorted(heads))}"
+    return UserError(f"unknown config key {key!r}; {near}")
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
@@ -268,11 +287,9 @@ def resolve(config: ConfigDict) -> dict[str, Any]:
     resolved = json.loads(json.dumps({"schema": SCHEMA, **config.to_dict()}))
     for path, (table, key) in CHOICES.items():
         node = _at(resolved, path)
-        kept = set(norm_config.kinds(config)) if path == "norm" else {node[key]}
-        for name in table.keys() - kept:
+        for name in table.keys() - {node[key]}:
             node.pop(name, None)
-    for kind in norm_config.kinds(config):
-        resolved["norm"][kind] = norm_config.options(config, kind)
+    resolved["norm"] = norm_config.resolved(config)
     for name in data.DATASETS.keys() - {config.data.name}:
         resolved["data"].pop(name, None)  # no choice of CHOICES: any TFDS name will do, too
     return resolved
@@ -298,7 +315,7 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
             _check_type(key, value, known[key])
             _at(config, key.rpartition(".")[0])[key.rpartition(".")[-1]] = value
         elif key != "schema":
-            raise UserError(f"unknown config key {key!r}; {nearest(key, known)}")
+            raise _unknown(key, known)
     for key in flatten(resolve(config)):
         if key not in given:
             raise UserError(f"config.json lacks {key!r}; was it changed by hand? Put the key back")

@@ -30,12 +30,23 @@ class Stopped(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known names nearest to ``name``, or lists them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def lookup(table: Mapping[str, T], name: str, what: str) -> T:
-    """``table[name]``, or a UserError that lists the known names of ``what``."""
+NONE: Mapping[str, str] = {}
+
+
+def lookup(table: Mapping[str, T], name: str, what: str, meant: Mapping[str, str] = NONE) -> T:
+    """``table[name]``, or a UserError that lists the known names of ``what``.
+
+    ``meant`` says what to write instead of names that others use for the same thing.
+    """
     if name not in table:
-        raise UserError(f"unknown {what} {name!r}; choose one of: {', '.join(sorted(table))}")
+        hint = meant.get(str(name).lower().replace("-", "_"))
+        close = difflib.get_close_matches(str(name), table, n=1, cutoff=0.6)
+        if hint or close:
+            hint = f"; did you mean {hint or close[0]}?"
+        known = ", ".join(sorted(table))
+        raise UserError(f"unknown {what} {name!r}; choose one of: {known}{hint or ''}")
     return table[name]

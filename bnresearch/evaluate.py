@@ -24,7 +24,8 @@ def _running(experiment: Experiment) -> Evaluator:
 
 
 def _batch(experiment: Experiment) -> Evaluator:
-    """Those of each evaluation batch itself: predictions depend on the batch around them."""
+    """Those of each whole evaluation batch, whatever ``norm.scope``: predictions depend on the
+    batch around them."""
     return evaluator(experiment, "batch")
 
 

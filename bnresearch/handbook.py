@@ -56,8 +56,15 @@ def listing() -> list[tuple[str, str]]:
         about = row(name)
         over = "uses the batch" if about.batch_dependent else "example by example"
         keeps = f"keeps {', '.join(about.state)}" if about.state else "keeps nothing"
-        lines += [(name, f"{about.title}; {over}; {keeps}"), ("", f"  {about.formula}")]
+        facts = [about.title, over, keeps, *remarks(NORMS[name])]
+        lines += [(name, "; ".join(facts)), ("", f"  {about.formula}")]
     return lines
+
+
+def remarks(kind: Kind) -> list[str]:
+    """What a kind does to its neighbours in a model."""
+    found = ["brings its activation"] * kind.activates
+    return found + [f"reparametrises weights: {kind.weights}"] * (kind.weights != "none")
 
 
 def sections(text: str) -> dict[str, str]:
@@ -89,8 +96,7 @@ def chapter(name: str) -> str:
         ("Uses the batch", "yes" if known.batch_dependent else "no"),
     ]
     facts += [("Side inputs", ", ".join(f"`{i}`" for i in inputs))] * bool(inputs)
-    facts += [("Activation", "brings its own")] * kind.activates
-    facts += [("Linear map before it", f"`{kind.weights}`")] * (kind.weights != "none")
+    facts += [("In a model", remark) for remark in remarks(kind)]
     lines = [f"## `{name}`", "", known.title, "", "```text", about.formula, "```", ""]
     lines += [markdown(found[""]), ""]
     for heading in SHOWN:
@@ -106,7 +112,8 @@ def norms_page() -> str:
     for name in NORMS:
         about = row(name)
         uses, keeps = "yes" if about.batch_dependent else "no", ", ".join(about.state) or "-"
-        table.append(f"| [`{name}`](#{name}) | {about.title} | {uses} | {keeps} |")
+        what = "; ".join([about.title, *remarks(NORMS[name])])
+        table.append(f"| [`{name}`](#{name}) | {what} | {uses} | {keeps} |")
     return HEADER + "\n".join(table) + "\n\n" + "\n".join(chapter(name) for name in NORMS)
 
 
@@ -120,10 +127,17 @@ running + (1 - decay) * batch`. Choose one with `--config.norm.kind=NAME`, its o
 ([configuring norms](own_norm.md)). Kinds with the options of `batch` also take
 `--config.norm.NAME.preset=torch` ([conventions](conventions.md)).
 
+Synchronised batch norm is `batch`: over what its statistics are taken says `norm.scope`
+([many devices](devices.md)). A trained net can be evaluated with other statistics than those that
+it keeps: `eval --stats`.
+
 """
 
 
 def main() -> None:
+    """Write the page anew."""
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     PAGE.write_text(norms_page())
     print(f"wrote {PAGE}", file=sys.stderr)
 

@@ -12,9 +12,10 @@ from flax import linen as nn
 
 from bnresearch import norm as norms
 from bnresearch.errors import UserError, lookup
-from bnresearch.norm import NORMS, Kind, Scope, Sets
+from bnresearch.norm import Kind, Scope, Sets, kind_of
 from bnresearch.reparam import REPARAMS
-from bnresearch.sites import Choice, Rule, choose, standard
+from bnresearch.sets import align_mask
+from bnresearch.sites import Choice, Rule, choose, make_choice, standard
 
 Initializer = Callable[..., Any]
 
@@ -27,7 +28,8 @@ def site_inputs(**inputs: Any) -> Iterator[None]:
     """Give every site of the models applied inside this block the same side inputs.
 
     For models that hand nothing on to their norms:
-    ``with site_inputs(mask=mask): model.apply(...)``. What is given at a call of a norm wins.
+    ``with site_inputs(mask=mask): model.apply(...)``. What is given at a call of a norm wins. It
+    acts while a function is traced: use it inside what is jitted.
 
     Args:
       inputs: of INPUTS: ``mask`` (booleans, the leading axes of every site's input), ``domain``
@@ -59,9 +61,9 @@ class Norm(nn.Module):
     mutable and ``use`` is "batch": which statistics normalise and whether the running ones move are
     two switches. Initialisation moves nothing, and takes inputs of any batch size.
 
-    If the collection ``moments`` is mutable, mean, variance and count of the site's *input* over
-    the whole batch are written there, for every kind (also "none"). A kind that adds to the loss
-    writes its share to the collection ``penalties``.
+    If the collection ``moments`` is mutable, mean, variance and count of the site's *input* (with
+    the bias of the linear map before it) over the whole batch are written there, for every kind. A
+    kind that adds to the loss writes its share to the collection ``penalties``.
 
     Attributes:
       choice: the kind and all its options; numbers among them may be traced arrays.
@@ -94,7 +96,7 @@ class Norm(nn.Module):
     @property
     def activates(self) -> bool:
         """Whether the kind at this site brings its activation."""
-        return lookup(NORMS, self.chosen.kind, "norm.kind").activates
+        return kind_of(self.chosen.kind).activates
 
     @nn.compact
     def __call__(self, x: jax.Array, **inputs: Any) -> jax.Array:
@@ -102,13 +104,15 @@ class Norm(nn.Module):
         inputs = {**_given.get({}), **{k: v for k, v in inputs.items() if v is not None}}
         for name in inputs:
             lookup(dict.fromkeys(INPUTS), name, "side input of a norm")
-        kind = lookup(NORMS, self.chosen.kind, "norm.kind")
+        kind = kind_of(self.chosen.kind)
         options = self.chosen.options
+        self._check(x, inputs.get("mask"))
+        linear_map = self.linear_map(x)
         params = self._params(kind, options, x.shape[-1])
-        self._observe(x, inputs.get("mask"))
         if kind.linear_bias and self.after_linear and "bias" not in params:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
             x = x + bias.astype(x.dtype)
+        self._observe(x, inputs.get("mask"))
         use = "running" if self.is_initializing() else self.use
         context = {name: inputs.get(name) for name in INPUTS} | {
             "use": use,
@@ -118,8 +122,8 @@ class Norm(nn.Module):
         }
         if "linear" in kind.context:
             # The state of such a kind has the shape of the kernel.
-            context["linear"] = self.linear_map(x)
-            options = {**options, "linear": context["linear"]}
+            context["linear"] = linear_map
+            options = {**options, "linear": linear_map}
         if kind.state is None:
             return norms.apply(kind, x, params, None, context, options).y
         return self._with_running(kind, x, params, context, options)
@@ -154,7 +158,8 @@ class Norm(nn.Module):
         result = norms.apply(kind, x, params, running, context, options)
         if context["use"] == "batch" and self.is_mutable_collection("batch_stats"):
             for name, variable in variables.items():
-                variable.value = getattr(result.running, name)
+                # float32 also for float64 input: what is kept must not change its type.
+                variable.value = getattr(result.running, name).astype(variable.value.dtype)
         if result.penalty is not None and self.is_mutable_collection("penalties"):
             self.put_variable("penalties", "norm", result.penalty)
         return result.y
@@ -168,6 +173,16 @@ class Norm(nn.Module):
                 "model.apply(..., rngs={'norm': key})"
             )
         return self.make_rng("norm")
+
+    def _check(self, x: jax.Array, mask: Any) -> None:
+        """Refuse what no kind can do anything right with."""
+        if not hasattr(x, "ndim") or x.ndim < 2 or not x.size:
+            raise UserError(
+                f"a norm takes an array [batch, ..., features] with something in it, not one of "
+                f"shape {jnp.shape(x)}; check the batch"
+            )
+        if mask is not None:
+            align_mask(mask, x.shape)
 
     def _observe(self, x: jax.Array, mask: Any) -> None:
         if self.is_mutable_collection("moments") and not self.is_initializing():
@@ -212,12 +227,12 @@ class NormMaker:
         )
 
     def linear(self, path: tuple[str, ...], function: Callable[..., jax.Array]) -> Callable:
-        """``function(x, kernel, ...)``, a linear map in the layer at ``path``, as the norm wants
-        it: with its kernel reparametrised. Rules look at this path as at that of a site."""
+        """``function(x, kernel, ...)``, the linear map that belongs to the site at ``path``, as
+        the kind there wants it: with its kernel reparametrised."""
         chosen = choose("/".join(path), self.choice, self.rules)
-        kind = lookup(NORMS, chosen.kind, "norm.kind")
+        kind = kind_of(chosen.kind)
         name = kind.weights if self.weights == "auto" else self.weights
-        transform = REPARAMS[name].function if name != "none" else None
+        transform = REPARAMS[name] if name != "none" else None
 
         def linear(x: jax.Array, kernel: jax.Array, *args: Any, **settings: Any) -> jax.Array:
             def apply(kernel: jax.Array) -> jax.Array:
@@ -262,4 +277,4 @@ def make_norm(
     """
     lookup({**REPARAMS, "none": 0, "auto": 0}, weights, "norm.weights")
     lookup({"batch": 0, "running": 0}, use, "use of statistics")
-    return NormMaker(Choice(kind, standard(kind, options or {})), rules, use, scope, weights)
+    return NormMaker(make_choice(kind, standard(kind, options or {})), rules, use, scope, weights)

@@ -7,6 +7,7 @@ for and give back is written at `kind.Kind`; docs/own_norm.md has a worked examp
 from bnresearch import averages
 from bnresearch.averages import Running
 from bnresearch.conventions import CONVENTIONS, PRESETS, complete
+from bnresearch.errors import lookup
 from bnresearch.kind import CONTEXT, Kind, Page, Result, apply, page, update
 from bnresearch.kinds import (
     ablations,
@@ -42,6 +43,7 @@ __all__ = [
     "apply",
     "batch_norm",
     "complete",
+    "kind_of",
     "moments",
     "normalise",
     "page",
@@ -80,7 +82,7 @@ NORMS: dict[str, Kind] = {
     ),
     "renorm": Kind(
         variants.batch_renorm,
-        FEW | dict(decay=0.99, r_max=3.0, d_max=5.0, warmup=5000, r_ramp=40000, d_ramp=25000),
+        FEW | dict(decay=0.99, r_max=3.0, d_max=5.0, warm_up=5000, r_ramp=40000, d_ramp=25000),
         starts.affine,
         variants.renorm_state,
         variants.renorm_update,
@@ -179,13 +181,13 @@ NORMS: dict[str, Kind] = {
     ),
     "cross_iteration": Kind(
         history.cross_iteration_norm,
-        dict(window=8, compensation="taylor", burn_in=100, **FEW),
+        dict(window=8, compensation="taylor", warm_up=100, **FEW),
         starts.affine,
         history.history_start,
     ),
     "mabn": Kind(
         backward.moving_average_norm,
-        dict(window=16, decay=0.98, epsilon=1e-5, warm_up=100, r_max=5.0, r_after=1000, **AFFINE),
+        FEW | dict(window=16, decay=0.98, warm_up=100, r_max=5.0, r_after=1000),
         starts.affine,
         backward.mabn_start,
         linear_bias=True,
@@ -193,7 +195,7 @@ NORMS: dict[str, Kind] = {
     ),
     "power": Kind(
         backward.power_norm,
-        dict(decay=0.9, backward_decay=0.9, epsilon=1e-5, groups=1, warm_up=10000, **AFFINE),
+        dict(backward_decay=0.9, groups=1, warm_up=10000, **FEW),
         starts.affine,
         backward.power_start,
         linear_bias=True,
@@ -208,13 +210,13 @@ NORMS: dict[str, Kind] = {
     # Whole covariances.
     "decorrelated": Kind(
         whitening.decorrelated_norm,
-        dict(method="zca", group_size=16, track="whitening", **FEW),
+        dict(method="zca", features_per_group=16, track="whitening", **FEW),
         starts.affine,
         whitening.whitening_start,
     ),
     "iter_norm": Kind(
         whitening.iterative_norm,
-        dict(iterations=5, group_size=64, track="whitening", **FEW),
+        dict(iterations=5, features_per_group=64, track="whitening", **FEW),
         starts.affine,
         whitening.whitening_start,
     ),
@@ -229,7 +231,7 @@ NORMS: dict[str, Kind] = {
     ),
     "batch_group": Kind(
         mixtures.batch_group_norm,
-        BATCH | dict(examples_per_group=0, channels_per_group=1, track="second_moment"),
+        BATCH | dict(examples_per_group=0, features_per_group=1, track="second_moment"),
         starts.affine,
         averages.start,
         averages.update,
@@ -328,3 +330,46 @@ NORMS: dict[str, Kind] = {
         weights="scaled_standardise",
     ),
 }
+
+# What others call them, or where to find what is no kind here: for the message only.
+_ALSO = {
+    "batch (norm.scope says over which devices)": "bn batch_norm batchnorm sync_bn syncbn",
+    "ghost": "gbn ghost_batch_norm virtual_batch_size",
+    "renorm": "brn batch_renorm renormalization",
+    "split": "advprop auxiliary aux_bn split_bn",
+    "domain": "dsbn domain_specific",
+    "conditional (by a side input) or cross_iteration (over time)": "cbn film",
+    "batch_instance": "bin",
+    "virtual": "vbn reference",
+    "lp (norm.lp.p)": "l1 l2 lp_norm",
+    "centre": "center center_only centre_only",
+    "scale_only": "batch_rms",
+    "decorrelated": "dbn zca pca whitening",
+    "iter_norm": "iterative iternorm",
+    "switchable": "sn switch_norm",
+    "power": "powernorm power_norm pn",
+    "layer": "ln layer_norm layernorm",
+    "rms": "rms_norm rmsnorm",
+    "group": "gn group_norm groupnorm",
+    "instance": "in instance_norm",
+    "positional": "pono",
+    "frn": "tlu filter_response",
+    "evonorm_b0 or evonorm_s0": "evonorm evonorm_b evonorm_s",
+    "dyt": "dynamic_tanh",
+    "weight_norm": "wn weightnorm",
+    "weight_standardisation": "ws weight_standardization",
+    "scaled_weight_standardisation": "scaled_ws",
+    "norm.weights=spectral_norm": "spectral spectral_norm",
+    "model.name=fixup|skipinit|nf_resnet": "fixup skipinit rezero nf_resnet",
+    "none": "identity no off",
+}
+OTHER_NAMES = {name: here for here, names in _ALSO.items() for name in names.split()}
+
+
+def kind_of(name: str, what: str = "norm.kind") -> Kind:
+    """The row of a kind.
+
+    Raises:
+      UserError: no such kind; the message lists them, and says what others' names are called here.
+    """
+    return lookup(NORMS, name, what, OTHER_NAMES)

@@ -11,7 +11,7 @@ mode       what the step sees     the gradient of the mean loss
 jit        the whole batch        of the loss as it is
 shard_map  its device's rows      of ``pmean(loss)``: with check_vma=True the transpose
                                   of the replicated parameters already sums
-pmap       its device's rows      ``pmean`` of the gradients of the local losses
+pmap       its device's rows      ``psum`` of the gradients of the local losses' shares
 =========  =====================  ====================================================
 """
 
@@ -292,8 +292,13 @@ class PmapLayout(Layout):
     def _share(self) -> jax.Array:
         return jax.lax.axis_index(PMAP_AXIS)
 
+    def mean_loss(self, loss: jax.Array) -> jax.Array:
+        # Its share of the mean over all devices: then what norms see in their backward pass is as
+        # large as in the other modes.
+        return loss / self.device_count
+
     def mean_over_devices(self, tree: Any) -> Any:
-        return jax.lax.pmean(tree, PMAP_AXIS)
+        return jax.lax.psum(tree, PMAP_AXIS)
 
     def _stacked(self) -> NamedSharding:
         return NamedSharding(

@@ -13,7 +13,7 @@ A layer of flax uses one through the hook that it has for its linear map; the pa
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -223,19 +223,12 @@ def hooks(transform: Callable[[jax.Array], jax.Array]) -> Hooks:
     return Hooks(conv, dense)
 
 
-class Reparam(NamedTuple):
-    """``function(kernel, **options) -> kernel`` and its options with their defaults."""
-
-    function: Callable[..., jax.Array]
-    options: Mapping[str, Any]
-
-
-REPARAMS: dict[str, Reparam] = {
-    "weight_norm": Reparam(weight_norm, dict(epsilon=1e-12)),
-    "centred": Reparam(centred, {}),
-    "standardise": Reparam(standardise, dict(epsilon=1e-10)),
-    "scaled_standardise": Reparam(scaled_standardise, dict(epsilon=1e-4)),
-    "spectral_norm": Reparam(spectral_norm, dict(iterations=10)),
+REPARAMS: dict[str, Callable[..., jax.Array]] = {
+    "weight_norm": weight_norm,
+    "centred": centred,
+    "standardise": standardise,
+    "scaled_standardise": scaled_standardise,
+    "spectral_norm": spectral_norm,
 }
 
 # activation -> 1 / std(activation(z)) for a standard normal z: times this factor, a signal that

@@ -72,15 +72,17 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def align_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array:
-    """A boolean mask that broadcasts against an input of ``shape``.
+    """A boolean mask that broadcasts against an input of ``shape``. Integers count as booleans.
 
     ``mask`` covers the leading axes of the input (``[batch]`` masks examples, ``[batch, time]``
     positions), or has as many axes as the input, each of length 1 or that of the input.
 
     Raises:
-      UserError: any other shape.
+      UserError: any other shape, or a mask of floating-point numbers.
     """
     mask = jnp.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        raise UserError(f"a mask is boolean, not {mask.dtype}; write mask > 0")
     if mask.ndim < len(shape):
         given, mask = mask.shape, mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.ndim))
     else:

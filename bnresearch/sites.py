@@ -15,9 +15,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from flax.core import FrozenDict
+
 from bnresearch.conventions import complete
-from bnresearch.errors import UserError, lookup
-from bnresearch.norm import NORMS
+from bnresearch.errors import UserError
+from bnresearch.norm import kind_of
 
 
 class Choice(NamedTuple):
@@ -25,6 +27,11 @@ class Choice(NamedTuple):
 
     kind: str
     options: Mapping[str, Any]
+
+
+def make_choice(kind: str, options: Mapping[str, Any]) -> Choice:
+    """A choice that can be hashed (as jax wants it of static arguments), if its options can."""
+    return Choice(kind, FrozenDict(options))
 
 
 class Rule(NamedTuple):
@@ -74,8 +81,18 @@ def parse(text: str) -> Parsed:
         ) from None
     kind = words.pop(0) if "=" not in words[0] else ""
     if kind:
-        lookup(NORMS, kind, f"norm kind in norm.rules ({text!r})")
-    return Parsed(compiled, kind, dict(_option(word, text) for word in words))
+        kind_of(kind, f"norm kind in norm.rules ({text!r})")
+    options = dict(_option(word, text) for word in words)
+    if len(options) < len(words):
+        raise UserError(f"norm.rules: {text!r} gives an option twice; give it once")
+    return Parsed(compiled, kind, options)
+
+
+def written(rule: Rule) -> str:
+    """A rule with its kind and all its options, as `parse` reads it: it means the same whatever
+    stands elsewhere in a config."""
+    options = " ".join(f"{name}={value!r}" for name, value in rule.choice.options.items())
+    return f"{rule.pattern.pattern} -> {rule.choice.kind} {options}".rstrip()
 
 
 def _option(word: str, text: str) -> tuple[str, Any]:
@@ -98,27 +115,17 @@ def make_rules(
     for text in texts:
         parsed = parse(text)
         name = parsed.kind or kind
-        options = options_of(name, parsed.options)
-        _check_types(text, name, options)
-        rules.append(Rule(text, parsed.pattern, Choice(name, options)))
+        try:
+            options = options_of(name, parsed.options)
+        except UserError as error:
+            raise UserError(f"norm.rules: {text!r}: {error}") from None
+        rules.append(Rule(text, parsed.pattern, make_choice(name, options)))
     return tuple(rules)
-
-
-def _check_types(text: str, kind: str, options: Mapping[str, Any]) -> None:
-    for name, default in NORMS[kind].options.items():
-        value = options[name]
-        if isinstance(default, float) and type(value) is int:
-            continue
-        if type(value) is not type(default) and not hasattr(value, "dtype"):
-            raise UserError(
-                f"norm.rules: {name}={value!r} in {text!r} is of type {type(value).__name__}, not "
-                f"{type(default).__name__}; give a value such as {name}={default}"
-            )
 
 
 def standard(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a kind from those given, the table and its presets."""
-    return complete(kind, lookup(NORMS, kind, "norm.kind").options, given)
+    return complete(kind, kind_of(kind).options, given)
 
 
 def check_rules(rules: Sequence[Rule], paths: Iterable[str]) -> None:

@@ -36,10 +36,9 @@ def build_model(
     scope: Scope = Scope(),
 ) -> nn.Module:
     """The model of a config; ``use`` says which statistics its norms normalise with."""
-    traced = numbers or {}
     norm = NormMaker(
-        norm_config.choice(config, traced),
-        norm_config.rules(config, traced),
+        norm_config.choice(config, numbers or {}),
+        norm_config.rules(config),
         use,
         scope,
         config.norm.weights,
@@ -94,30 +93,18 @@ def make_init(
     return init
 
 
-def make_gradients(
-    config: ConfigDict, dataset: Any, layout: Layout
-) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
-    """``(state, feed, numbers) -> loss, gradient, new running statistics`` of one whole batch."""
-    task = TASKS[config.task.name]
-    count = layout.accumulate
-    whole = config.train.accumulate_statistics == "batch" and count > 1
-    # Convolutions in a loop are slow on CPU; unrolling many microbatches takes for ever to compile.
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    unroll = on_cpu and not MODELS[config.model.name].dense and count <= MOST_UNROLLED
-    collections = ["batch_stats", "penalties"] + ["moments"] * (count > 1)
+def make_forward(config: ConfigDict, dataset: Any, layout: Layout) -> Callable[..., Any]:
+    """``(use, state, feed, numbers) -> forward``, the pass over one microbatch:
+    ``(params, batch_stats, index) -> loss, (moments of the sites, new running statistics)``."""
+    task, classes = TASKS[config.task.name], dataset.info.num_classes
+    collections = ["batch_stats", "penalties"] + ["moments"] * (layout.accumulate > 1)
     smoothed = config.task.classification.label_smoothing > 0
 
-    def gradients(state: State, feed: Tree, numbers: Numbers) -> tuple[jax.Array, Tree, Tree]:
-        exact = whole and bool(state.batch_stats)
-        use = "running" if exact else "batch"
-        model = build_model(
-            config, dataset.info.num_classes, use=use, numbers=numbers, scope=layout.scope
-        )
+    def bind(use: str, state: State, feed: Tree, numbers: Numbers) -> accumulate.Forward:
+        model = build_model(config, classes, use=use, numbers=numbers, scope=layout.scope)
         smoothing = numbers["task.classification.label_smoothing"] if smoothed else 0.0
 
-        def forward(
-            params: Tree, batch_stats: Tree, index: jax.Array
-        ) -> tuple[jax.Array, tuple[Tree, Tree]]:
+        def forward(params: Tree, batch_stats: Tree, index: jax.Array) -> Any:
             batch = layout.constrain(microbatch(dataset, layout, state.step, feed, numbers, index))
             with site_inputs(**{name: batch[name] for name in SIDE_INPUTS if name in batch}):
                 logits, mutated = model.apply(
@@ -131,19 +118,40 @@ def make_gradients(
             moments = accumulate.site_moments(mutated.get("moments", {}), batch_stats)
             return layout.mean_loss(loss), (moments, mutated.get("batch_stats", {}))
 
+        return forward
+
+    return bind
+
+
+def make_gradients(
+    config: ConfigDict, dataset: Any, layout: Layout
+) -> Callable[..., tuple[jax.Array, Tree, Tree]]:
+    """``(state, feed, numbers) -> loss, gradient, new running statistics`` of one whole batch."""
+    bind, count = make_forward(config, dataset, layout), layout.accumulate
+    whole = config.train.accumulate_statistics == "batch" and count > 1
+    # Convolutions in a loop are slow on CPU; unrolling many microbatches takes for ever to compile.
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    unroll = on_cpu and not MODELS[config.model.name].dense and count <= MOST_UNROLLED
+
+    def gradients(state: State, feed: Tree, numbers: Numbers) -> tuple[jax.Array, Tree, Tree]:
+        exact = whole and bool(state.batch_stats)
+        forward = bind("running" if exact else "batch", state, feed, numbers)
+        given = (forward, state.params, state.batch_stats)
         if count == 1:
-            loss, gradient, _, batch_stats = accumulate.gradients(
-                forward, state.params, state.batch_stats, jnp.int32(0)
-            )
+            loss, gradient, _, batch_stats = accumulate.gradients(*given, jnp.int32(0))
             return loss, gradient, batch_stats
-        method = accumulate.exact_gradients if exact else accumulate.microbatch_gradients
-        loss, gradient, moments, threaded = method(
-            forward, state.params, state.batch_stats, count, unroll
-        )
-        rules, default = norm_config.rules(config, numbers), norm_config.choice(config, numbers)
-        batch_stats = accumulate.update_statistics(
-            state.batch_stats, threaded, moments, lambda path: sites.choose(path, default, rules)
-        )
+        rules, default = norm_config.rules(config), norm_config.choice(config, numbers)
+
+        def choice_at(path: str) -> sites.Choice:
+            return sites.choose(path, default, rules)
+
+        if exact:
+            results = accumulate.exact_gradients(*given, count, unroll)
+        else:
+            once = accumulate.moved_once(state.batch_stats, choice_at)
+            results = accumulate.microbatch_gradients(*given, count, unroll, once)
+        loss, gradient, moments, threaded = results
+        batch_stats = accumulate.update_statistics(state.batch_stats, threaded, moments, choice_at)
         return loss, gradient, batch_stats
 
     return gradients

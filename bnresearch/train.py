@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from bnresearch import diverge
+from bnresearch import diverge, norm_config
 from bnresearch.checkpoint import Checkpoints, digest
 from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
@@ -93,6 +93,9 @@ def _run(
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
         folder.set_status("running", step)
+        if show != "off":
+            for note in norm_config.notes(experiment.config, experiment.program.total_steps):
+                print(f"note: {note}", file=sys.stderr)
         with Metrics(folder.path, step) as metrics, _progress(show) as bar:
             loop = Loop(experiment, folder, checkpoints, metrics, bar)
             try:

@@ -22,15 +22,12 @@ SMALL = dict(
     size=2,
     examples_per_group=2,
     reference=4,
-    channels_per_group=2,
-    group_size=2,
+    features_per_group=2,
     domains=3,
     conditions=2,
     steps=3,
     window=3,
     warm_up=1,
-    warmup=1,
-    burn_in=1,
     r_after=1,
     r_ramp=4,
     d_ramp=4,
@@ -42,6 +39,9 @@ SMALL = dict(
 
 # Side inputs for 8 examples, of the kinds that ask for them.
 SIDE = dict(domain=1, time=2, condition=np.random.default_rng(8).normal(size=(8, 2)).astype("f"))
+
+# Their running statistics are given, and stay.
+NEVER_MOVES = {"frozen"}
 
 
 def options(kind, **changed):

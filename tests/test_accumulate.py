@@ -42,7 +42,10 @@ def gradients(*overrides, devices=1):
 
     compiled = layout.compile(step, sharded_feed=False, donate=False)
     feed = train_feed(experiment, 0, 1)
-    state = layout.put(initial_state(experiment))
+    state = initial_state(experiment)
+    # Biases and scales of their own, or errors in what they are added to would not show.
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.shape[-1])), state.params)
+    state = layout.put(state.replace(params=params))
     return layout.get(compiled(state, feed, experiment.numbers, jnp.int32(1)))
 
 
@@ -104,6 +107,27 @@ def test_a_microbatch_is_a_ghost_batch_on_any_number_of_devices(mode):
             *MODELS["mlp"], f"parallel.mode={mode}", "train.accumulate=4", devices=devices
         )
         assert_equal(ghost, groups, 1e-5)
+
+
+# Kinds with an `update`: their state must not depend on how a batch comes. Where the layer adds
+# the bias of the linear map in front, the statistics are those of what the kind sees.
+UPDATED = {
+    "batch": (),
+    "scale_only": ("norm.scale_only.bias=false",),
+    "switchable": ("norm.switchable.bias=false",),
+    "evonorm_b0": ("norm.evonorm_b0.bias=false",),
+    "regularized": (),
+    "renorm": (),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", UPDATED)
+def test_a_microbatch_is_a_ghost_batch_for_kinds_that_follow_from_moments(kind):
+    chosen = (f"norm.kind={kind}", *UPDATED[kind])
+    ghost = gradients(*MODELS["mlp"], *chosen, "norm.scope=ghost:32")
+    parts = gradients(*MODELS["mlp"], *chosen, "train.accumulate=2")
+    assert_equal(parts[1:], ghost[1:], 1e-5)
 
 
 def test_without_batch_statistics_accumulation_changes_nothing():

@@ -132,7 +132,9 @@ def test_batch_renorm(shape, limits):
         renorm_clipping=dict(rmax=r_max, rmin=1 / r_max, dmax=d_max),
     )
     layer = Layer(theirs, shape)
-    given = dict(r_max=r_max, d_max=d_max, warmup=0, r_ramp=0, d_ramp=0, decay=0.8, epsilon=epsilon)
+    given = dict(
+        r_max=r_max, d_max=d_max, warm_up=0, r_ramp=0, d_ramp=0, decay=0.8, epsilon=epsilon
+    )
     state, ones = layer.start, jnp.ones(shape[-1])
     running = Renormed(0 * ones, ones - epsilon, jnp.zeros(()))
     for seed in range(4):

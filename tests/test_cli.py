@@ -12,7 +12,7 @@ import pytest
 
 from bnresearch import __main__ as cli
 from bnresearch import config as configs
-from bnresearch import models, norm, optim, parallel, tasks
+from bnresearch import initialise, models, norm, optim, parallel, reparam, tasks
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.data import DATASETS
 from bnresearch.evaluate import STATS
@@ -23,7 +23,10 @@ ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits_mlp.py")
 TABLES = {
     "norms": norm.NORMS,
+    "presets": norm.PRESETS,
+    "weights": reparam.REPARAMS,
     "models": models.MODELS,
+    "inits": initialise.INITS,
     "datasets": DATASETS,
     "tasks": tasks.TASKS,
     "optimizers": optim.OPTIMIZERS,

@@ -155,6 +155,30 @@ def test_the_gradient_of_the_warm_up_is_the_derivative(function, start):
     assert_close(out.dx, jax.grad(exact)(x), 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("function", "state"),
+    [
+        (backward.moving_average_norm, backward.mabn_start(4, dict(window=3))),
+        (backward.power_norm, backward.power_start(4, {})),
+    ],
+)
+def test_one_single_value_is_refused_unless_it_is_wanted(function, state):
+    x = jnp.ones((1, 4))
+    with pytest.raises(UserError, match="on_single=warn"):
+        function(x, None, None, state, use="batch")
+    # After the warm-up the past makes a value of it.
+    settings = dict(use="batch", on_single="beta", warm_up=0)
+    late = state._replace(square=jnp.full(4, 4.0), updates=jnp.float32(9))
+    late = late._replace(**{n: jnp.full((2, 4), 4.0) for n in late._fields if n == "recent_square"})
+    y = function(2 * x, None, None, late, **settings)[0]
+    assert np.abs(y).max() < 1
+    masked = jax.jit(
+        lambda mask: function(jnp.ones((2, 4)), None, None, state, use="batch", mask=mask)[0]
+    )
+    assert np.isnan(masked(np.array([True, False]))).all()
+    assert not np.isnan(masked(np.array([True, True]))).any()
+
+
 def online_step(x, dy, kept, past, decay, backward_decay, epsilon, guard, clamp):
     """One example after the other, each with its positions."""
     m, var = kept.get("mean", np.zeros(4)), kept.get("var", np.ones(4))

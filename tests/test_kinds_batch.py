@@ -191,12 +191,12 @@ def test_renorm_is_batch_norm_while_it_warms_up_then_clips_and_counts():
     state = variants.renorm_state(4, {})
     for step in range(4):
         y, state = variants.batch_renorm(
-            x, None, None, state, use="batch", warmup=2, r_ramp=4, d_ramp=3, r_max=1.5, d_max=0.5
+            x, None, None, state, use="batch", warm_up=2, r_ramp=4, d_ramp=3, r_max=1.5, d_max=0.5
         )
         plain, _ = batch_norm(x, None, None, Stats(*state[:2]), use="batch")
         assert float(state.updates) == step + 1
         assert np.allclose(y, plain, atol=1e-6) == (step <= 2)
-    unlimited = dict(r_max=np.inf, d_max=np.inf, warmup=0, r_ramp=0, d_ramp=0)
+    unlimited = dict(r_max=np.inf, d_max=np.inf, warm_up=0, r_ramp=0, d_ramp=0)
     y, _ = variants.batch_renorm(x, None, None, state, use="batch", **unlimited)
     assert_close(y, variants.batch_renorm(x, None, None, state, use="running")[0], 1e-5)
 

@@ -89,10 +89,10 @@ CORNERS = {
     "batch": (dict(), PARTS["batch"]),
     "ghost": (dict(examples_per_group=3), partial(batch_norm, scope=Scope(splits=2))),
     "group": (
-        dict(examples_per_group=1, channels_per_group=2),
+        dict(examples_per_group=1, features_per_group=2),
         per_example(partial(rivals.group_norm, groups=2)),
     ),
-    "layer": (dict(examples_per_group=1, channels_per_group=0), PARTS["layer"]),
+    "layer": (dict(examples_per_group=1, features_per_group=0), PARTS["layer"]),
     "instance": (dict(examples_per_group=1), PARTS["instance"]),
 }
 
@@ -114,7 +114,7 @@ def test_batch_group_corners(corner, use):
 @pytest.mark.parametrize("scope", [Scope(), Scope(splits=3)])
 def test_batch_group_between_its_corners(scope):
     x, before = shifted((6, 3, 4)), running()
-    options = dict(examples_per_group=2, channels_per_group=2)
+    options = dict(examples_per_group=2, features_per_group=2)
     y, new = batch_group(x, before, use="batch", decay=0.8, scope=scope, **options)
     groups = np.float64(x).reshape(3, 2, 3, 2, 2)
     m, v = (f(groups, (1, 2, 4), keepdims=True) for f in (np.mean, np.var))
@@ -136,8 +136,8 @@ def test_batch_group_between_its_corners(scope):
         dict(examples_per_group=4),
         dict(examples_per_group=-1),
         dict(examples_per_group=2, scope=Scope(splits=2)),
-        dict(channels_per_group=3),
-        dict(channels_per_group=-2),
+        dict(features_per_group=3),
+        dict(features_per_group=-2),
     ],
 )
 def test_batch_group_refuses_groups_that_do_not_divide(options):

@@ -20,9 +20,11 @@ SCALE, BIAS = np.linspace(-2, 3, 6), np.linspace(1, -1, 6)
 EPSILON = 0.01
 
 KINDS = {
-    "zca": partial(whitening.decorrelated_norm, group_size=SIZE),
-    "pca": partial(whitening.decorrelated_norm, group_size=SIZE, method="pca", track="covariance"),
-    "iterative": partial(whitening.iterative_norm, group_size=SIZE),
+    "zca": partial(whitening.decorrelated_norm, features_per_group=SIZE),
+    "pca": partial(
+        whitening.decorrelated_norm, features_per_group=SIZE, method="pca", track="covariance"
+    ),
+    "iterative": partial(whitening.iterative_norm, features_per_group=SIZE),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -32,7 +34,7 @@ def correlated(shape=SHAPES[1], seed=0):
 
 
 def start(size=SIZE):
-    return whitening.whitening_start(FEATURES, dict(group_size=size))
+    return whitening.whitening_start(FEATURES, dict(features_per_group=size))
 
 
 def call(kind, x, running=None, **changes):
@@ -114,14 +116,14 @@ def test_corner_cases():
     x, stats = jnp.asarray(correlated()), Stats(jnp.zeros(6), jnp.ones(6))
     wanted, _ = batch_norm(x, SCALE, BIAS, stats, use="batch")
     for function in (whitening.decorrelated_norm, whitening.iterative_norm):
-        y, _ = function(x, SCALE, BIAS, start(1), use="batch", group_size=1)
+        y, _ = function(x, SCALE, BIAS, start(1), use="batch", features_per_group=1)
         assert_close(y, wanted, 2e-6)
     root, _ = call("iterative", x, iterations=30, epsilon=EPSILON)
     exact, _ = call("zca", x, epsilon=EPSILON)
     assert_close(root, exact, 1e-5)
     assert_close(call("zca", exact, epsilon=0.0)[0], exact, 2e-2)  # EPSILON away from white
     everything = whitening.decorrelated_norm(
-        x, None, None, start(6), use="batch", group_size=64, epsilon=1e-7
+        x, None, None, start(6), use="batch", features_per_group=64, epsilon=1e-7
     )[0]
     covariance = np.cov(np.float64(everything).reshape(-1, 6).T, bias=True)
     assert_close(covariance, np.eye(6), 1e-4)
@@ -218,11 +220,11 @@ def test_covariances_merge_over_devices(kind, mode):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match=r"group_size=4 on 6 features.*1, 2, 3, 6"):
-        whitening.whitening_start(6, dict(group_size=4))
+    with pytest.raises(UserError, match=r"features_per_group=4 of a whitening norm on 6 features.*1, 2, 3, 6"):
+        whitening.whitening_start(6, dict(features_per_group=4))
     with pytest.raises(UserError, match="track=covariance"):
         whitening.decorrelated_norm(
-            correlated(), None, None, start(), use="batch", method="pca", group_size=SIZE
+            correlated(), None, None, start(), use="batch", method="pca", features_per_group=SIZE
         )
     with pytest.raises(UserError, match="method"):
         call("zca", correlated(), method="cholesky")

@@ -15,6 +15,7 @@ from flax import serialization
 from norm_tools import (
     BATCH,
     FEATURES,
+    NEVER_MOVES,
     SHAPE,
     assert_close,
     assert_same_bits,
@@ -42,7 +43,7 @@ SHAPES = [(BATCH, 4), (BATCH, 5, 4), (BATCH, 2, 2, 4), (BATCH, 2, 1, 2, 4)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 # One position per feature and example is one single value.
-NEEDS_POSITIONS = {"instance", "batch_instance"}
+NEEDS_POSITIONS = {"instance", "batch_instance", "frn"}
 
 # Their gradient in training is by definition not the derivative of what they compute.
 NOT_THE_DERIVATIVE = {
@@ -127,8 +128,6 @@ def test_shapes_and_dtypes(kind):
 
 @every_kind
 def test_integer_input_is_refused(kind):
-    if kind == "none":
-        return  # it does nothing to its input
     arrays = jnp.ones(SHAPE, jnp.int32), random_params(kind), start_state(kind)
     with pytest.raises(UserError, match="floating-point"):
         norm.apply(NORMS[kind], *arrays, fixed_context(kind) | side_inputs(kind), options(kind))
@@ -152,6 +151,8 @@ def test_initialisation_and_evaluation_move_nothing(kind):
     y, moved = site(kind).apply(variables, *args, mutable=["batch_stats"], **given)
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} <= {jnp.dtype("float32")}
     assert_same_bits(site(kind).apply(variables, *args, **given), y)
+    same = [np.array_equal(stats[name], moved["batch_stats"][name]) for name in stats]
+    assert all(same) == (kind in NEVER_MOVES or not stats)
 
 
 @every_kind

@@ -9,6 +9,7 @@ import pytest
 from norm_tools import (
     BATCH,
     FEATURES,
+    NEVER_MOVES,
     SHAPE,
     Step,
     assert_close,
@@ -72,9 +73,6 @@ def test_masks_that_do_not_fit_are_refused(kind):
         call(kind, random(), mask=np.ones(BATCH + 1, bool))
 
 
-NEVER_MOVES = {"frozen": "its statistics are constants"}
-
-
 @example_kinds
 def test_examples_do_not_see_each_other(kind):
     assert NORMS[kind].state is None or kind in NEVER_MOVES
@@ -85,7 +83,6 @@ def test_examples_do_not_see_each_other(kind):
 
 
 SEQUENTIAL = {"online": "goes through the examples one after the other"}
-OF_THE_DEVICE = {"split": "its parts are those of what each device holds"}
 SETS = 2  # of 8 examples each, on 4 devices each
 
 
@@ -147,8 +144,6 @@ def backward_steps(drunning):
 @batch_kinds
 def test_scopes_on_eight_devices(kind, mode):
     """Every set as if it were alone; running statistics those of the whole batch."""
-    if kind in OF_THE_DEVICE and mode != "jit":
-        return
     if kind in SEQUENTIAL:
         with pytest.raises(UserError, match="norm.scope"):
             in_mode(kind, mode)

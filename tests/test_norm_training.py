@@ -10,13 +10,17 @@ from bnresearch.train import run
 
 ROOT = Path(__file__).parent.parent
 
-# 64 features of an MLP: what needs another option than its default there.
+# 64 features of an MLP, and 260 steps: what needs another option than its default there. Every
+# schedule is over, or most of it, before the end.
 MLP = {
     "ghost": ("norm.ghost.size=20",),
     "group": ("norm.group.groups=4",),
     "weight_standardisation": ("norm.weight_standardisation.groups=4",),
     "virtual": ("norm.virtual.reference=20",),
-    "cross_iteration": ("norm.cross_iteration.window=4",),
+    "cross_iteration": ("norm.cross_iteration.window=4", "norm.cross_iteration.warm_up=10"),
+    "renorm": ("norm.renorm.warm_up=50", "norm.renorm.r_ramp=200", "norm.renorm.d_ramp=150"),
+    "power": ("norm.power.warm_up=50",),
+    "mabn": ("norm.mabn.warm_up=20", "norm.mabn.r_after=100"),
 }
 # These take their statistics over positions: a net of two convolutions.
 CONV = {

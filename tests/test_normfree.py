@@ -155,7 +155,8 @@ def test_the_signal_of_nf_resnet_follows_its_variances(activation, monkeypatch):
     """Width 64, alpha 1: 1, 2, 3, 4; 2, 3, 4; 2, 3, 4, within 5 %. Images are wrapped around,
     because what zero padding takes away is not in the prediction."""
     monkeypatch.setattr(blocks, "_padding", lambda kernel: "CIRCULAR")
-    changed = {"depth": 20, "width": 4.0, "alpha": 1.0, "activation": activation}
+    changed = {"depth": 20, "width": 4.0, "alpha": 1.0, "zero_gain": False}
+    changed["activation"] = activation
     images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype(np.float32)
     model, params, _ = start("nf_resnet", images, **changed)
     seen = outputs(model, params, images)
@@ -167,7 +168,7 @@ def test_the_signal_of_nf_resnet_follows_its_variances(activation, monkeypatch):
 
 
 def test_a_skip_gain_of_zero_starts_nf_blocks_as_the_identity():
-    model, params, flat = start("nf_resnet", depth=14, zero_gain=True)
+    model, params, flat = start("nf_resnet", depth=14)
     seen = outputs(model, params, IMAGES)
     for stage in (1, 2, 3):
         first, second = (seen[f"stage{stage}/block{i}"] for i in (1, 2))
@@ -320,11 +321,20 @@ SHORT = [("train.duration", "20ep"), ("train.eval_every", "20ep"), ("train.log_e
     [
         ([("model.name", "fixup"), ("model.fixup.depth", 8)], 0.93),
         ([("model.name", "skipinit"), ("model.skipinit.depth", 8)], 0.93),
-        ([("model.name", "nf_resnet"), ("model.nf_resnet.depth", 8), ("optim.agc", 0.1)], 0.93),
+        ([("model.name", "nf_resnet"), ("model.nf_resnet.depth", 8)], 0.93),
+        (
+            [
+                ("model.name", "nf_resnet"),
+                ("model.nf_resnet.depth", 8),
+                ("model.nf_resnet.zero_gain", False),
+                ("optim.agc", 0.1),
+            ],
+            0.93,
+        ),
         ([("model.name", "mlp"), ("init.name", "orthogonal")], 0.93),
         ([("model.name", "mlp"), ("init.name", "lsuv")], 0.93),
     ],
-    ids=["fixup", "skipinit", "nf_resnet with agc", "orthogonal", "lsuv"],
+    ids=["fixup", "skipinit", "nf_resnet", "nf_resnet with agc", "orthogonal", "lsuv"],
 )
 def test_every_control_learns_the_digits(changed, floor, tmp_path):
     config = digits(*SHORT, *changed)

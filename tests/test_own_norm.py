@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnresearch import config as configs
-from bnresearch import norm
+from bnresearch import handbook, norm
 from bnresearch.kinds import starts
 from bnresearch.norm import NORMS, Kind, Scope
 from bnresearch.train import run
@@ -31,6 +31,14 @@ def rows(monkeypatch):
     for name, kind in table.items():
         monkeypatch.setitem(NORMS, name, kind)
     return table
+
+
+def test_they_are_listed_and_described(rows):
+    for kind in rows:
+        assert handbook.row(kind).title.endswith("(Nobody, 2026)")
+        assert f"## `{kind}`" in handbook.norms_page()
+    assert handbook.row("deviation").state == ("mean", "var")
+    assert rows["deviation"].batch_dependent and not rows["peak"].batch_dependent
 
 
 def test_the_norm_of_one_example(rows):

@@ -41,7 +41,7 @@ def by_numpy(name, kernel):
 @pytest.mark.parametrize("name", REPARAMS)
 def test_reparametrisations_compute_what_numpy_does(name, shape):
     changed = {"iterations": 200} if name == "spectral_norm" else {}
-    function, kernel = REPARAMS[name].function, KERNELS[shape]
+    function, kernel = REPARAMS[name], KERNELS[shape]
     expected = by_numpy(name, kernel)
     found = jax.jit(partial(function, **changed))(kernel)
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
@@ -54,7 +54,7 @@ def test_reparametrisations_compute_what_numpy_does(name, shape):
 @pytest.mark.parametrize("name", REPARAMS)
 def test_reparametrisations_are_told_apart_by_length_and_offset(name):
     """Which of them see the length of the kernel, and which its mean."""
-    function, kernel = REPARAMS[name].function, KERNELS["conv"]
+    function, kernel = REPARAMS[name], KERNELS["conv"]
     longer = np.allclose(function(3 * kernel), function(kernel), atol=1e-5)
     assert longer == (name != "centred")
     shifted = np.allclose(function(kernel + 0.5), function(kernel), atol=1e-5)
@@ -72,7 +72,7 @@ def test_gradients_of_reparametrisations(name):
     with jax.enable_x64():
         kernel = 20 * jnp.asarray(KERNELS["conv"], jnp.float64)
         changed = {"iterations": 400} if name == "spectral_norm" else {}
-        function = partial(REPARAMS[name].function, **changed)
+        function = partial(REPARAMS[name], **changed)
         check_grads(function, (kernel,), order=1, modes=["rev"], rtol=1e-6)
 
 
@@ -90,11 +90,6 @@ def test_kernels_without_a_fan_in_are_refused():
         reparam.weight_norm(jnp.ones(3))
     with pytest.raises(UserError, match="iterations is 0"):
         reparam.spectral_norm(jnp.ones((3, 3)), iterations=0)
-
-
-@pytest.mark.parametrize("name", REPARAMS)
-def test_rows_name_every_option_with_its_default(name):
-    assert dict(REPARAMS[name].options) == (REPARAMS[name].function.__kwdefaults__ or {})
 
 
 def test_layers_use_a_reparametrisation_through_their_hooks():

@@ -324,8 +324,10 @@ def noisy_norm(
     0 are batch normalization. ``decay`` and ``epsilon`` as for batch normalization; ``on_single``
     error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions out
     of all statistics.
-    Pitfalls: the paper adds noise of this form after every norm and reports the training only; the
-    distributions, their defaults and the rule for inference are defined here.
+    Pitfalls: noise behind every norm is an experiment of the paper, which reports the training
+    only. The distributions and the four defaults are those of its appendix (n_mu: ``shift``,
+    n_sigma: ``stretch``, r_mu and r_sigma: the jitters), read as public re-implementations read
+    them; the rule for inference is defined here.
     Citation: Santurkar, Tsipras, Ilyas & Madry (2018), How Does Batch Normalization Help
     Optimization?, NeurIPS, arXiv:1805.11604.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
+from bnresearch.errors import UserError
 from bnresearch.kinds import starts
 from bnresearch.kinds.batch import affine, standardise
 from bnresearch.kinds.within import (
@@ -27,7 +28,7 @@ from bnresearch.kinds.within import (
 
 def frn_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The affine; ``threshold`` zeros, ``[features]``; with ``learned_epsilon`` also
-    ``extra_epsilon``, one number, 1e-4 as in the paper."""
+    ``extra_epsilon``, one number, 1e-4 here."""
     start = starts.affine(features, options) | {"threshold": jnp.zeros(features)}
     if options.get("learned_epsilon", False):
         start["extra_epsilon"] = jnp.full((), 1e-4)
@@ -50,28 +51,37 @@ def frn(
         y = max(scale * x / sqrt(mean(x^2) + epsilon + |extra_epsilon|) + bias, threshold)
 
     The mean square is that of each feature of one example over its positions, in float32; nothing
-    is subtracted. x is ``[batch, ..., features]``, and ``[batch, features]`` counts as one
-    position; scale (ones), bias and threshold (zeros) are ``[features]``, extra_epsilon is one
-    number, all float32. Nothing is kept.
+    is subtracted. x is ``[batch, ..., features]`` with at least two positions (``[batch,
+    features]`` counts as one), or any number with learned_epsilon; scale (ones), bias and threshold
+    (zeros) are ``[features]``, extra_epsilon is one number, all float32. Nothing is kept.
 
     Training: as above; no example sees another one. It is its own activation: the model leaves its
     activation out.
     Inference: the same.
-    Options: ``learned_epsilon`` adds the learned extra_epsilon, which starts at 1e-4: the paper's
-    remedy for layers with one position. A mask leaves positions out of the mean square.
-    Pitfalls: over one position without learned_epsilon the output is the sign of the input, and
-    hardly any gradient comes through. It wants a warm-up of the learning rate. Where no activation
-    belongs (``activates=False``) the threshold is left out.
+    Options: ``epsilon`` added to the mean square; ``learned_epsilon`` adds the learned
+    extra_epsilon besides, which starts at 1e-4 here, for layers with one position. A mask leaves
+    positions out of the mean square.
+    Pitfalls: over one position without learned_epsilon the output would be the sign of the input,
+    with hardly any gradient: refused. Where a mask leaves an example one position, it is that. It
+    wants a warm-up of the learning rate. Where no activation belongs (``activates=False``) the
+    threshold is left out.
     Citation: Singh & Krishnan (2020), Filter Response Normalization Layer: Eliminating Batch
     Dependence in the Training of Deep Neural Networks, CVPR, arXiv:1911.09737.
 
     Raises:
-      UserError: integer input, a mask that does not fit.
+      UserError: one single position without learned_epsilon, integer input, a mask that does not
+        fit.
     """
     wide, mask = prepared(x, mask)
+    axes = tuple(range(1, x.ndim - 1))
     if extra_epsilon is not None:
         epsilon = epsilon + jnp.abs(extra_epsilon)
-    square = mean_square(wide, tuple(range(1, x.ndim - 1)), mask)
+    elif values_in(x.shape, axes) == 1:
+        raise UserError(
+            f"norm.kind=frn over one single value (input {x.shape}): the output would be its sign; "
+            "give it several positions, or set norm.frn.learned_epsilon=true"
+        )
+    square = mean_square(wide, axes, mask)
     y = standardise(wide, square, scale, bias, epsilon)
     return (jnp.maximum(y, threshold) if activates else y).astype(x.dtype)
 
@@ -153,23 +163,26 @@ def proxy_norm(
     Group norm and a rectifier, then the mean and deviation that the rectified feature would have if
     the normalised one were normally distributed: what batch norm would see, without a batch. m and
     v are as in group norm, in float32; mean and variance of the proxy p are taken over ``samples``
-    evenly spaced quantiles of the normal distribution. x is ``[batch, ..., features]``; scale,
-    bias, proxy_bias and proxy_scale (both zeros) are ``[features]``, float32. Nothing is kept.
+    evenly spaced quantiles of the normal distribution, of variance 1. x is ``[batch, ...,
+    features]``; scale, bias, proxy_bias and proxy_scale (both zeros) are ``[features]``, float32.
+    Nothing is kept.
 
     Training: as above; no example sees another one. It is its own activation: the model leaves its
     activation out.
     Inference: the same; mean and deviation of the proxy could be computed once.
     Options: ``groups`` as in group norm, 1 for layer norm over the example; ``proxy_epsilon`` and
     ``samples`` of the proxy. A mask leaves positions out of m and v.
-    Pitfalls: the output is no longer positive. Where no activation belongs (``activates=False``) y
-    is h: group norm.
+    Pitfalls: the activation is relu, whatever the model's own is. The output is no longer positive.
+    Where no activation belongs (``activates=False``) y is h: group norm.
     Citation: Labatie, Masters, Eaton-Rosen & Luschi (2021), Proxy-Normalizing Activations to Match
     Batch Normalization while Removing Batch Dependence, NeurIPS, arXiv:2106.03743.
 
     Raises:
-      UserError: groups that do not divide the features, one single value per group, integer
-        input, a mask that does not fit.
+      UserError: groups that do not divide the features, one single value per group, fewer than two
+        samples, integer input, a mask that does not fit.
     """
+    if samples < 2:
+        raise UserError(f"norm.proxy.samples={samples} have no variance; give at least 2")
     wide, mask = prepared(x, mask)
     cut, mask, axes = grouped(wide, mask, groups, "proxy")
     refuse_single("proxy", x.shape, values_in(cut.shape, axes))
@@ -177,7 +190,8 @@ def proxy_norm(
     h = affine(standardise(centred, var, None, None, epsilon).reshape(x.shape), scale, bias)
     if not activates:
         return h.astype(x.dtype)
-    quantiles = jnp.asarray(ndtri((np.arange(samples) + 0.5) / samples), h.dtype)[:, None]
+    quantiles = ndtri((np.arange(samples) + 0.5) / samples)
+    quantiles = jnp.asarray(quantiles / quantiles.std(), h.dtype)[:, None]
     proxy = jax.nn.relu(affine(proxy_bias + (1 + proxy_scale) * quantiles, scale, bias))
     y = (jax.nn.relu(h) - proxy.mean(0)) * jax.lax.rsqrt(proxy.var(0) + proxy_epsilon)
     return y.astype(x.dtype)

@@ -6,9 +6,9 @@ pass only: it is an entry ``backward_...`` of the state, which comes back from t
 it was, and whose cotangent is the step it takes (see `bnresearch.accumulate`). Whoever
 differentiates by the parameters alone leaves it where it is.
 
-The gradients that arrive are those of the loss of the whole batch under jit and shard_map, and
-those of the device's own loss under pmap: there these entries, and only they, are larger by the
-number of devices.
+The gradients that arrive are those of the loss of the whole batch, in every mode of
+`bnresearch.parallel`. Where one differentiates a device's own loss instead, these entries, and only
+they, are larger by the number of devices.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bnresearch.errors import UserError
-from bnresearch.kinds.batch import affine, normalise
+from bnresearch.kinds.batch import affine, normalise, single_value
 from bnresearch.kinds.within import grouped, prepared
 from bnresearch.sets import Scope, Sets, Stats
 
@@ -74,12 +74,15 @@ def _backward(moving: Moving, scope: Scope, kept: Any, g: jax.Array) -> tuple[An
 divide.defvjp(_forward, _backward)
 
 
-def _squares(sets: Sets, empty: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _squares(
+    sets: Sets, empty: jax.Array, on_single: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean squares of each set and of the whole batch, and whether there is any value in it; those
-    of ``empty`` for a set without a value."""
+    of ``empty`` for a set without a value, NaN for a refused single one (see `batch_moments`)."""
     own = sets.mean(jnp.square(jax.lax.stop_gradient(sets.x)))
     if sets.mask is not None:
         own = jnp.where(sets.count == 0, empty, own)
+        own = jnp.where(sets.count == 1, jnp.nan, own) if on_single == "error" else own
     some = jnp.asarray(sets.batch_count() > 0, own.dtype)
     return own, sets.batch_mean(own), some
 
@@ -139,6 +142,7 @@ def moving_average_norm(
     warm_up: int = 100,
     r_max: Any = 5.0,
     r_after: int = 1000,
+    on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
 ) -> tuple[jax.Array, Mabn]:
@@ -159,22 +163,26 @@ def moving_average_norm(
     towards s^2, ``recent_square`` in the forward, ``backward_recent`` in the backward pass.
     Inference: y = scale * x / sqrt(running square + epsilon) + bias.
     Options: ``window``, batches (the batch size to imitate, divided by the one at hand); ``decay``
-    of the running mean square; ``warm_up`` and ``r_after``, updates; ``r_max``; ``scale`` and
-    ``bias`` false to leave them out. A mask leaves positions out of all averages, in both passes.
+    of the running mean square; ``warm_up`` and ``r_after``, updates; ``r_max``; ``on_single``
+    error, warn or beta: after the warm-up one value in the batch is legitimate, so for batches of
+    one value take beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions out
+    of all averages, in both passes.
     Pitfalls: nothing is centred: it needs ``norm.weights=centred`` (which it brings along) and an
-    input with means near 0. The gradient is not the derivative of the forward pass. Under pmap
-    ``backward_recent`` is that of the local loss, larger by the number of devices.
+    input with means near 0. The gradient is not the derivative of the forward pass. During the
+    warm-up one single value gives its sign, hence it is refused.
     Citation: Yan, Wan, Zhang, Zhang, Wei & Sun (2020), Towards Stabilizing Batch Statistics in
     Backward Propagation of Batch Normalization, ICLR, arXiv:2001.06838.
 
     Raises:
-      UserError: a window below 2; integer input; a mask or sets that do not fit.
+      UserError: a window below 2; statistics over one single value with ``on_single="error"``;
+        integer input; a mask or sets that do not fit.
     """
     if use == "running":
         return normalise(x, Stats(jnp.zeros(()), running.square), scale, bias, epsilon), running
     sets = Sets(x, scope, mask)
+    single_value(sets, x.shape, on_single)
     past = jax.lax.stop_gradient(running)
-    own, batch, some = _squares(sets, past.square)
+    own, batch, some = _squares(sets, past.square, on_single)
     square = _window_mean(own, past.recent_square, past.updates, warm_up)
     r = jnp.sqrt((square + epsilon) / (past.square + epsilon))
     r = jnp.where(past.updates >= max(r_after, warm_up), jnp.clip(r, 1 / r_max, r_max), 1)
@@ -233,6 +241,7 @@ def power_norm(
     epsilon: Any = 1e-5,
     groups: int = 1,
     warm_up: int = 10000,
+    on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
 ) -> tuple[jax.Array, Power]:
@@ -252,26 +261,31 @@ def power_norm(
     Inference: y = scale * x' / sqrt(running mean square + epsilon) + bias.
     Options: ``decay`` of the mean square, ``backward_decay`` of nu; ``groups`` of features, 0 for
     x' = x; ``warm_up``, updates (the authors' code has 10000; shorter trainings want less);
-    ``scale`` and ``bias`` false to leave them out. A mask leaves positions out of all averages.
+    ``on_single`` error, warn or beta: after the warm-up one value in the batch is legitimate, so
+    for batches of one value take beta; ``scale`` and ``bias`` false to leave them out. A mask
+    leaves positions out of all averages.
     Pitfalls: the gradient is not the derivative of the forward pass. The authors' code divides it
     by the root mean square of the batch, even where the forward pass used psi; here, as in the
-    paper, by psi. Its ema_gz is nu / (1 - backward_decay). Nothing bounds z when the mean square of
-    a batch jumps. Under pmap nu (``backward_product``) is that of the local loss, larger by the
-    number of devices.
+    paper, by psi. Its ema_gz is nu / (1 - backward_decay). In the warm-up it also subtracts (1 -
+    backward_decay) * ema_gz * z from the gradient, and takes a cumulative mean of the mean squares,
+    then the exponential one; here the gradient there is the true one, and the average the
+    exponential one throughout. Nothing bounds z when the mean square of a batch jumps. During the
+    warm-up one single value gives its sign, hence it is refused.
     Citation: Shen, Yao, Gholami, Mahoney & Keutzer (2020), PowerNorm: Rethinking Batch
     Normalization in Transformers, ICML, arXiv:2003.07845.
 
     Raises:
-      UserError: groups that do not divide the features; integer input; a mask or sets that do not
-        fit.
+      UserError: groups that do not divide the features; statistics over one single value with
+        ``on_single="error"``; integer input; a mask or sets that do not fit.
     """
     scaled = _group_scaled(x, groups, epsilon)
     if use == "running":
         stats = Stats(jnp.zeros(()), running.square)
         return normalise(scaled, stats, scale, bias, epsilon).astype(x.dtype), running
     sets = Sets(scaled, scope, mask)
+    single_value(sets, x.shape, on_single)
     past = jax.lax.stop_gradient(running)
-    own, batch, some = _squares(sets, past.square)
+    own, batch, some = _squares(sets, past.square, on_single)
     warm = past.updates < warm_up
     inverse = jax.lax.rsqrt(jnp.where(warm, own, past.square) + epsilon)
     numbers = (warm, 1 - jnp.asarray(backward_decay, scaled.dtype))

@@ -14,14 +14,15 @@ from bnresearch.sets import Scope, Sets, Stats, moments, whole_batch, wide
 ON_SINGLE = ("error", "warn", "beta")
 
 
-def single_value(sets: Sets, shape: tuple[int, ...], on_single: str) -> None:
-    """Refuse, warn of, or let pass a set of one single value, whose output is the bias.
+def single_value(sets: Sets, shape: tuple[int, ...], on_single: str, parts: int = 1) -> None:
+    """Refuse, warn of, or let pass a set (or a part of one, of so many equal ones) of one single
+    value, whose output is the bias.
 
     With a mask the counts are data. Outside of jit they are looked at here; under jit a set of one
     value becomes NaN with "error" (see `batch_moments`), which the training loop reports.
     """
     lookup(dict.fromkeys(ON_SINGLE), on_single, "on_single")
-    if isinstance(sets.count, jax.core.Tracer) or not (np.asarray(sets.count) == 1).any():
+    if isinstance(sets.count, jax.core.Tracer) or not (np.asarray(sets.count) == parts).any():
         return
     message = (
         f"batch statistics over one single value (input {tuple(shape)}): the output would "
@@ -123,13 +124,15 @@ def batch_norm(
     Training: normalises with m and v of the batch. The running statistics move once, towards those
     of the whole batch whatever the scope (mean of the means, variance of the pooled values).
     Inference: normalises with the running mean and variance, which stay as they are.
-    Options: ``decay`` of the running statistics, in [0, 1]; ``correction`` 1 for an unbiased
-    running variance; ``variance`` two_pass, fast (E[x^2] - m^2, clamped) or shifted (one pass over
-    x minus one of its values); ``stat_dtype`` float32, or input for that of the input; ``average``
-    ema, debiased, cumulative or last (``window`` batches); ``track`` variance or second_moment;
-    ``on_single`` error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves
-    positions out of all statistics.
-    Pitfalls: a bias before it is needless (its gradient is 0). One value per feature gives the bias
+    Options: ``decay`` of the running statistics, in [0, 1]; ``epsilon`` added to the variance;
+    ``correction`` 1 for an unbiased running variance; ``variance`` two_pass, fast (E[x^2] - m^2,
+    clamped) or shifted (one pass over x minus one of its values); ``stat_dtype`` float32, or input
+    for that of the input; ``average`` ema, debiased, cumulative or last (``window`` batches);
+    ``track`` variance or second_moment; ``on_single`` error, warn or beta; ``scale`` and ``bias``
+    false to leave them out. A mask leaves positions out of all statistics.
+    Pitfalls: the paper's inference takes the unbiased variance (``correction=1``, as torch does);
+    flax, keras and ONNX keep the biased one, the default here. A bias before it is needless (its
+    gradient is 0). One value per feature gives the bias
     whatever the input, hence it is refused; two give the sign of their difference, and no gradient.
     Weight decay on scale pulls the signal to zero. A mask that leaves a set no value gives it the
     running statistics; one value is refused, or NaN where only the compiled program knows it.

@@ -10,8 +10,9 @@ import numpy as np
 from bnresearch import averages
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import batch_norm, normalise
-from bnresearch.sets import Scope, Stats, align_mask
+from bnresearch.kinds.batch import batch_norm, single_value
+from bnresearch.kinds.history import places
+from bnresearch.sets import Scope, Sets, Stats, align_mask
 
 
 def _stack(start: Any, count: int, option: str) -> Any:
@@ -32,7 +33,12 @@ def _affine_of(parameter: jax.Array | None, index: Any) -> jax.Array | None:
 
 def _placed(stack: Any, index: Any, value: Any, valid: Any) -> Any:
     """The stack with one row replaced, or as it was where the index is not valid."""
-    return jax.tree.map(lambda a, b: jnp.where(valid, a.at[index].set(b), a), stack, value)
+
+    def place(rows: jax.Array, row: jax.Array) -> jax.Array:
+        # What is kept stays float32, also for float64 input.
+        return jnp.where(valid, rows.at[index].set(row.astype(rows.dtype)), rows)
+
+    return jax.tree.map(place, stack, value)
 
 
 def split_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -69,68 +75,63 @@ def split_norm(
 
         y = scale_k * (x - m_k) / sqrt(v_k + epsilon) + bias_k,  k = part of the batch
 
-    The batch consists of ``splits`` equal contiguous parts, such as clean and adversarial examples
-    (AdvProp), each with batch normalization of its own. x is ``[batch, ..., features]``; scale,
-    bias and the running mean and variance are ``[splits, features]``, float32.
+    Each set that the scope names consists of ``splits`` equal contiguous parts, such as clean and
+    adversarial examples (AdvProp), each with batch normalization of its own; a set on several
+    devices is cut as a whole. x is ``[batch, ..., features]``; scale, bias and the running mean and
+    variance are ``[splits, features]``, float32.
 
-    Training: each part with its own m and v, over the set that the scope names; each part's running
-    statistics move once, towards those of the part in the whole batch.
+    Training: each part with its own m and v; each part's running statistics move once, towards
+    those of the part in the whole batch.
     Inference: all with part 0, the main one, whose running statistics stay as they are.
     Options: ``splits``; ``shared`` true for one scale and bias, ``[features]``, of all parts;
-    ``decay``, ``correction``, ``variance``, ``stat_dtype``, ``average`` (``window``), ``track``,
-    ``on_single``, ``scale`` and ``bias`` as for batch normalization.
-    Pitfalls: the parts are those of the array that the function sees, hence of each device's share
-    under shard_map and pmap, and of each set under ghost-batch scopes: join clean and adversarial
-    examples there, not in the input pipeline. At inference the auxiliary parts are not used: take
-    the kind "domain" where they are to be chosen.
+    ``decay``, ``epsilon``, ``correction``, ``variance``, ``stat_dtype``, ``average`` (``window``),
+    ``track``, ``on_single``, ``scale`` and ``bias`` as for batch normalization. A mask leaves
+    positions out of all statistics.
+    Pitfalls: a config alone joins nothing: the shuffled batch is then cut in halves that are alike,
+    and inference knows the first. With statistics per device or ghost batch the parts are those of
+    each of these sets, and must be joined there. At inference the auxiliary parts are not used:
+    take the kind "domain" where they are to be chosen. The work grows with ``splits``.
     Citation: Xie, Tan, Gong, Wang, Yuille & Le (2020), Adversarial Examples Improve Image
     Recognition, CVPR, arXiv:1911.09665.
 
     Raises:
-      UserError: examples that do not divide into the parts; and as batch normalization.
+      UserError: examples of a set that do not divide into the parts; and as batch normalization.
     """
-    if use == "running":
-        main = _branch(running, 0)
-        return normalise(x, main, _affine_of(scale, 0), _affine_of(bias, 0), epsilon), running
-    if x.shape[0] % (scope.splits * splits):
+    part: Any = 0
+    if use == "batch":
+        part = _parts(x.shape[0], scope, splits)
+        if mask is None:  # with one, or in a traced part, only `batch_norm` knows, or the program
+            single_value(Sets(x, scope), x.shape, on_single, splits)
+    return domain_norm(
+        x,
+        scale,
+        bias,
+        running,
+        use=use,
+        domain=part,
+        domains=splits,
+        decay=decay,
+        epsilon=epsilon,
+        correction=correction,
+        variance=variance,
+        stat_dtype=stat_dtype,
+        average=average,
+        track=track,
+        on_single=on_single,
+        scope=scope,
+        mask=mask,
+    )
+
+
+def _parts(examples: int, scope: Scope, splits: int) -> Any:
+    """The part of its set that each example of this device belongs to, ``[examples]``."""
+    size = examples // scope.splits * scope.merged_devices()
+    if splits < 1 or size % splits:
         raise UserError(
-            f"norm.split.splits={splits} does not divide the {x.shape[0] // scope.splits} examples "
-            "that are normalised together here; choose a batch size that is a multiple"
+            f"norm.split.splits={splits} does not divide the {size} examples that are normalised "
+            "together here; choose a batch size that is a multiple"
         )
-    parts = _parts(x, scope.splits, splits)
-    masks: list[Any] = [None] * splits
-    if mask is not None:
-        mask = align_mask(mask, x.shape)
-        masks = [mask] * splits if mask.shape[0] == 1 else _parts(mask, scope.splits, splits)
-    results = [
-        batch_norm(
-            parts[k],
-            _affine_of(scale, k),
-            _affine_of(bias, k),
-            _branch(running, k),
-            use=use,
-            decay=decay,
-            epsilon=epsilon,
-            correction=correction,
-            variance=variance,
-            stat_dtype=stat_dtype,
-            average=average,
-            track=track,
-            on_single=on_single,
-            scope=scope,
-            mask=masks[k],
-        )
-        for k in range(splits)
-    ]
-    ys = [y.reshape(scope.splits, -1, *x.shape[1:]) for y, _ in results]
-    new = jax.tree.map(lambda *rows: jnp.stack(rows), *[state for _, state in results])
-    return jnp.stack(ys, 1).reshape(x.shape), new
-
-
-def _parts(values: jax.Array, sets: int, splits: int) -> list[jax.Array]:
-    """The k-th part of every set, for each k."""
-    cut = values.reshape(sets, splits, -1, *values.shape[1:])
-    return [cut[:, k].reshape(-1, *values.shape[1:]) for k in range(splits)]
+    return places(scope, examples) // (size // splits)
 
 
 def _index(name: str, value: Any, examples: int | None) -> Any:
@@ -209,10 +210,11 @@ def domain_norm(
     ``decay``, ``correction``, ``variance``, ``stat_dtype``, ``average`` (``window``), ``track``,
     ``on_single``, ``scale`` and ``bias`` as for batch normalization. A mask leaves positions out of
     all statistics.
-    Pitfalls: a domain with one single value in a set is refused, or NaN where only the compiled
-    program knows it; ``on_single=beta`` lets it pass. A domain out of range is refused, or its
-    examples are NaN (masked ones, too) where only the compiled program knows it. Statistics of a
-    domain never seen are 0 and 1. With one domain per example the work grows with ``domains``.
+    Pitfalls: a config alone gives no domain: every example is of domain 0 then, and the others stay
+    as they start. A domain with one single value in a set is refused, or NaN where only the
+    compiled program knows it; ``on_single=beta`` lets it pass. A domain out of range is refused, or
+    its examples are NaN (masked ones, too) where only the compiled program knows it. Statistics of
+    a domain never seen are 0 and 1. With one domain per example the work grows with ``domains``.
     Citation: Chang, You, Seo, Kwak & Han (2019), Domain-Specific Batch Normalization for
     Unsupervised Domain Adaptation, CVPR, arXiv:1906.03950.
 
@@ -302,10 +304,11 @@ def recurrent_norm(
     Options: ``steps`` to keep statistics for; those beyond share the last one's. ``scale_start``
     0.1; ``decay`` of the running statistics; ``on_single`` error, warn or beta; ``scale`` and
     ``bias`` false to leave them out. A mask (of finished sequences) leaves examples out.
-    Pitfalls: a scale of 1 saturates tanh and lets the gradient vanish over time, hence 0.1. With
-    equal inputs in all examples at step 0 the variance there is 0: the paper adds noise to the
-    initial state. Training on more than ``steps`` mixes the late ones. A negative time is refused,
-    or NaN where only the compiled program knows it.
+    Pitfalls: a config alone gives no time: every call is step 0 then. A scale of 1 saturates tanh
+    and lets the gradient vanish over time, hence 0.1. With equal inputs in all examples at step 0
+    the variance there is 0: the paper adds noise to the initial state. Training on more than
+    ``steps`` mixes the late ones. A negative time is refused, or NaN where only the compiled
+    program knows it.
     Citation: Cooijmans, Ballas, Laurent, Gulcehre & Courville (2017), Recurrent Batch
     Normalization, ICLR, arXiv:1603.09025.
 

@@ -75,9 +75,11 @@ def virtual_batch_norm(
     the batch). ``own`` false leaves the example itself out of its statistics; ``decay`` of the
     running statistics; ``on_single`` error, warn or beta where the reference is one single value;
     ``scale`` and ``bias`` false to leave them out. A mask leaves positions out of all statistics.
-    Pitfalls: a network runs twice as long, on the reference and on the batch. Not the "virtual
-    batch size" of other libraries, which is ghost batch norm. Shuffling must not move the
-    reference; with statistics per device, every device needs one in front.
+    Pitfalls: a config alone puts no reference in front: the first examples of each new batch are it
+    then, and count in the loss. Inference drops the example's own share of its statistics. A
+    network runs twice as long, on the reference and on the batch. Not the "virtual batch size" of
+    other libraries, which is ghost batch norm. Shuffling must not move the reference; with
+    statistics per device, every device needs one in front.
     Citation: Salimans, Goodfellow, Zaremba, Cheung, Radford & Chen (2016), Improved Techniques for
     Training GANs, NeurIPS, arXiv:1606.03498.
 
@@ -171,7 +173,7 @@ def cross_iteration_norm(
     use: str,
     window: int = 8,
     compensation: str = "taylor",
-    burn_in: int = 100,
+    warm_up: int = 100,
     decay: Any = 0.9,
     epsilon: Any = 1e-5,
     on_single: str = "error",
@@ -195,11 +197,13 @@ def cross_iteration_norm(
     batch at hand only. The running mean and variance move towards those of the batch at hand alone.
     Inference: normalises with the running mean and variance, which stay as they are.
     Options: ``window``, batches; ``compensation`` taylor, or none to take past moments as they are;
-    ``burn_in``, updates before past batches count (while weights move fast they are worth little);
+    ``warm_up``, updates before past batches count (while weights move fast they are worth little);
     ``decay`` of the running statistics; ``on_single`` error, warn or beta; ``scale`` and ``bias``
     false to leave them out. A mask leaves positions out of all statistics.
-    Pitfalls: costs two more backward passes through the linear map. Only a site that directly
-    follows a linear map can be compensated. Large learning rates make the old moments wrong however
+    Pitfalls: the default of ``warm_up`` is ours; the authors' code has 0. That code drops past
+    moments whose compensated variance is negative; here it counts as 0 (the max in the formula).
+    Costs two more backward passes through the linear map. Only a site that directly follows a
+    linear map can be compensated. Large learning rates make the old moments wrong however
     compensated; what changes in earlier layers is not compensated at all.
     Citation: Yao, Cao, Zheng, Huang & Lin (2021), Cross-Iteration Batch Normalization, CVPR,
     arXiv:2002.05712.
@@ -218,7 +222,7 @@ def cross_iteration_norm(
         )
     sets, centred, own = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     past, updates = jax.lax.stop_gradient(_past(running, linear)), running.updates
-    counts = (jnp.arange(window - 1) < updates) & (updates >= burn_in)
+    counts = (jnp.arange(window - 1) < updates) & (updates >= warm_up)
     centred, merged = _merge(centred, own, past, counts.astype(centred.dtype))
     y = sets.join(standardise(centred, merged.var, scale, bias, epsilon))
 

@@ -115,12 +115,12 @@ def _of_examples(sets: Sets, ndim: int) -> list[tuple[jax.Array, jax.Array]]:
     return [centred_and_var(sets.x, positions, sets.mask), layer]
 
 
-def _channels(features: int, channels_per_group: int) -> int:
-    size = channels_per_group or features
+def _channels(features: int, features_per_group: int) -> int:
+    size = features_per_group or features
     if size < 1 or features % size:
         divisors = [n for n in range(1, features + 1) if features % n == 0]
         raise UserError(
-            f"norm.batch_group.channels_per_group={channels_per_group} on {features} features: "
+            f"norm.batch_group.features_per_group={features_per_group} on {features} features: "
             f"they do not divide; choose 0 (all) or one of {', '.join(map(str, divisors))}"
         )
     return size
@@ -154,7 +154,7 @@ def batch_group_norm(
     *,
     use: str,
     examples_per_group: int = 0,
-    channels_per_group: int = 1,
+    features_per_group: int = 1,
     decay: Any = 0.9,
     epsilon: Any = 1e-5,
     correction: int = 0,
@@ -171,11 +171,11 @@ def batch_group_norm(
         y = scale * (x - m) / sqrt(v + epsilon) + bias
 
     m and v are mean and biased variance over groups of ``examples_per_group`` contiguous examples
-    times ``channels_per_group`` contiguous features, and all positions. x is ``[batch, ...,
+    times ``features_per_group`` contiguous features, and all positions. x is ``[batch, ...,
     features]``; scale, bias and the running mean and variance are ``[features]``, float32.
 
     =============  ==================  ==================
-    corner case    examples_per_group  channels_per_group
+    corner case    examples_per_group  features_per_group
     =============  ==================  ==================
     batch          0                   1
     ghost batch    k                   1
@@ -189,12 +189,13 @@ def batch_group_norm(
     Inference: with the running moments, averaged over the features of a group. With
     ``examples_per_group=1`` as in training: then no example needs another one.
     Options: ``examples_per_group`` (0: all of the set that the scope names) and
-    ``channels_per_group`` (0: all); the others as in batch norm (``decay``, ``correction``,
+    ``features_per_group`` (0: all); the others as in batch norm (``decay``, ``correction``,
     ``variance``, ``stat_dtype``, ``average``, ``window``, ``track``, ``on_single``, ``scale``,
     ``bias``). A mask leaves positions out of all statistics.
-    Pitfalls: the default is batch norm. Groups of examples do not reach over devices: the examples
-    of a device must be a multiple. The running variance is over features and batches what a group
-    is normalised with only if groups are large.
+    Pitfalls: the default is batch norm. With ``examples_per_group=1`` inference takes the example
+    itself, unlike the authors' code, which takes moving averages there, too. Groups of examples do
+    not reach over devices: the examples of a device must be a multiple. The running variance is
+    over features and batches what a group is normalised with only if groups are large.
     Citation: Summers & Dinneen (2020), Four Things Everyone Should Know to Improve Batch
     Normalization, ICLR, arXiv:1906.03548.
 
@@ -203,7 +204,7 @@ def batch_group_norm(
         with ``on_single="error"``; integer input; a mask or sets that do not fit; an unknown option
         value.
     """
-    channels = _channels(x.shape[-1], channels_per_group)
+    channels = _channels(x.shape[-1], features_per_group)
     if use == "running" and examples_per_group != 1:
         y = _with_running(Sets(x).x, running, channels, epsilon)
         return affine(y.reshape(x.shape), scale, bias).astype(x.dtype), running

@@ -76,10 +76,11 @@ def conditional_norm(
     and bias are those of batch normalization. ``decay`` of the running statistics; ``on_single``
     error, warn or beta; ``scale`` and ``bias`` false to leave them out, with what conditions them.
     A mask leaves positions out of all statistics.
-    Pitfalls: the statistics are shared by all conditions; where conditions shift the input, they
-    have to undo that. A one-hot condition makes the base scale and bias redundant: only their sums
-    with a row are determined. The paper computes c from language by a network with one hidden
-    layer: here that network is the model's.
+    Pitfalls: a config alone gives no condition: scale and bias are then the base ones for every
+    example, and the matrices stay at 0. The statistics are shared by all conditions; where
+    conditions shift the input, they have to undo that. A one-hot condition makes the base scale and
+    bias redundant: only their sums with a row are determined. The paper computes c from language by
+    a network with one hidden layer: here that network is the model's.
     Citation: de Vries, Strub, Mary, Larochelle, Pietquin & Courville (2017), Modulating Early
     Visual Processing by Language, NeurIPS, arXiv:1707.00683.
 
@@ -152,8 +153,9 @@ def batch_instance_norm(
     of all statistics.
     Pitfalls: the paper clips the gate to [0, 1] after each step; here g is the gate reflected at 0
     and 1 (1.1 counts as 0.9), which needs nothing of the optimizer and never loses the gradient.
-    The authors train gates with a larger learning rate; here it is that of all parameters. For
-    ``[batch, features]`` IN would be 0 whatever the input: refused.
+    Where clipping would stay at an end, it oscillates about it by about one step. The authors train
+    gates with a larger learning rate; here it is that of all parameters. For ``[batch, features]``
+    IN would be 0 whatever the input: refused.
     Citation: Nam & Kim (2018), Batch-Instance Normalization for Adaptively Style-Invariant Neural
     Networks, NeurIPS, arXiv:1805.07925.
 

@@ -141,7 +141,7 @@ def _stream(x: jax.Array, mask: jax.Array | None, start: Online, decay: Any) -> 
         )
         return jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, stats), stats
 
-    first = Stats(start.mean, start.var)
+    first = Stats(start.mean.astype(x.dtype), start.var.astype(x.dtype))
     after, before = jax.lax.scan(example, first, (mean, var, _counted(x, mask)))
     return Stats(*(_spread(value, x) for value in before)), after
 
@@ -163,7 +163,8 @@ def _forward(
 
 
 def _backward(kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    z, mask, inverse, start, rate = kept
+    z, mask, inverse, controls, rate = kept
+    start = tuple(control.astype(z.dtype) for control in controls)
     counts = _counted(z, mask)
     # The controls move by averages over one example, so that the loop needs nothing else.
     averages = (_each(g * z, mask), _each(z * z, mask), _each(g, mask), _each(z, mask))
@@ -179,7 +180,7 @@ def _backward(kept: Any, g: jax.Array) -> tuple[Any, ...]:
     end, (ones, output) = jax.lax.scan(example, start, (averages, flat, counts))
     free = g * inverse
     dx = (g - _spread(output, z) * z) * inverse - _spread(ones, z)
-    steps = jax.tree.map(jnp.subtract, end, start)
+    steps = tuple((b - a).astype(c.dtype) for a, b, c in zip(start, end, controls, strict=True))
     return dx if mask is None else jnp.where(mask, dx, free), None, None, None, steps, None
 
 

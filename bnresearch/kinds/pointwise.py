@@ -58,9 +58,9 @@ def derf(
 
         y = scale * erf(alpha * x + shift) + bias
 
-    Each value for itself, in float32; erf is the normal distribution function, scaled to -1 .. 1.
-    x is ``[batch, ..., features]``; scale and bias are ``[features]``, alpha and shift (0) are one
-    number each, float32. Nothing is averaged and nothing is kept.
+    Each value for itself, in float32; ``erf(z) = 2 Phi(sqrt(2) z) - 1`` with Phi the normal
+    distribution function. x is ``[batch, ..., features]``; scale and bias are ``[features]``, alpha
+    and shift (0) are one number each, float32. Nothing is averaged and nothing is kept.
 
     Training: as above.
     Inference: the same.

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from bnresearch import sets
 from bnresearch.errors import UserError
 from bnresearch.kinds.batch import affine, standardise
 from bnresearch.kinds.within import (
@@ -125,9 +126,16 @@ def group_norm(
       UserError: groups that do not divide the features, one single value per group, integer
         input, a mask that does not fit.
     """
+    return group_affine(x, scale, bias, epsilon, groups, mask, "group")
+
+
+def group_affine(
+    x: jax.Array, scale: Any, bias: Any, epsilon: Any, groups: int, mask: Any, kind: str
+) -> jax.Array:
+    """Group norm for a kind that is called otherwise in messages."""
     wide, mask = prepared(x, mask)
-    wide, mask, axes = grouped(wide, mask, groups, "group")
-    refuse_single("group", x.shape, values_in(wide.shape, axes))
+    wide, mask, axes = grouped(wide, mask, groups, kind)
+    refuse_single(kind, x.shape, values_in(wide.shape, axes))
     centred, var = centred_and_var(wide, axes, mask)
     y = standardise(centred, var, None, None, epsilon).reshape(x.shape)
     return affine(y, scale, bias).astype(x.dtype)
@@ -210,13 +218,19 @@ def identity(x: jax.Array) -> jax.Array:
 
         y = x
 
-    What every claim about a norm is held against. Nothing is learned and nothing is kept; the layer
-    puts the bias back that a norm would have made needless.
+    What every claim about a norm is held against. x is ``[batch, ..., features]``, any floating
+    dtype, and comes back bit for bit. Nothing is averaged, learned or kept; the layer puts the bias
+    back that a norm would have made needless, ``[features]``, float32.
 
     Training: as above.
     Inference: the same.
     Pitfalls: a fair control has its own learning rate, and an initialisation that keeps the
     variance of the signal (see the models without norms).
-    Citation: Mishkin & Matas (2016), All You Need Is a Good Init, ICLR, arXiv:1511.06422.
+    Citation: the control, of nobody's making. That deep networks train without norms from a good
+    start: Mishkin & Matas (2016), All You Need Is a Good Init, ICLR, arXiv:1511.06422.
+
+    Raises:
+      UserError: integer input.
     """
+    sets.wide(x)  # refuses what every norm refuses
     return x

@@ -125,10 +125,10 @@ def _ramp(updates: jax.Array, start: int, end: int) -> jax.Array:
 
 
 def renorm_limits(
-    updates: jax.Array, r_max: Any, d_max: Any, warmup: int, r_ramp: int, d_ramp: int
+    updates: jax.Array, r_max: Any, d_max: Any, warm_up: int, r_ramp: int, d_ramp: int
 ) -> tuple[jax.Array, jax.Array]:
     """How far r and d may go at the step after ``updates`` steps; 1 and 0: batch normalization."""
-    r_share, d_share = _ramp(updates, warmup, r_ramp), _ramp(updates, warmup, d_ramp)
+    r_share, d_share = _ramp(updates, warm_up, r_ramp), _ramp(updates, warm_up, d_ramp)
     r_limit = jnp.where(r_share > 0, 1 + r_share * (r_max - 1), 1)  # also for infinite maxima
     return r_limit, jnp.where(d_share > 0, d_share * d_max, 0)
 
@@ -142,7 +142,7 @@ def batch_renorm(
     use: str,
     r_max: Any = 3.0,
     d_max: Any = 5.0,
-    warmup: int = 5000,
+    warm_up: int = 5000,
     r_ramp: int = 40000,
     d_ramp: int = 25000,
     decay: Any = 0.99,
@@ -166,7 +166,7 @@ def batch_renorm(
     towards mean and deviation of the whole batch: rs, not its square, is averaged (the paper), and
     ``var`` holds ``rs^2 - epsilon``.
     Inference: ``scale * (x - rm) / rs + bias``; nothing moves.
-    Options: the first ``warmup`` steps are plain batch normalization; from there the limits grow
+    Options: the first ``warm_up`` steps are plain batch normalization; from there the limits grow
     linearly to ``r_max`` at step ``r_ramp`` and to ``d_max`` at step ``d_ramp``; infinite maxima
     clip nothing (so does keras by default). ``decay`` of the running statistics; ``on_single``
     error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions out
@@ -189,7 +189,7 @@ def batch_renorm(
         return normalise(x, running, scale, bias, epsilon), running
     sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     deviation, usual = jnp.sqrt(stats.var + epsilon), jnp.sqrt(running.var + epsilon)
-    r_limit, d_limit = renorm_limits(running.updates, r_max, d_max, warmup, r_ramp, d_ramp)
+    r_limit, d_limit = renorm_limits(running.updates, r_max, d_max, warm_up, r_ramp, d_ramp)
     r = jnp.clip(deviation / usual, 1 / r_limit, r_limit)
     d = jnp.clip((stats.mean - running.mean) / usual, -d_limit, d_limit)
     r, d = jax.lax.stop_gradient((r, d))
@@ -218,9 +218,9 @@ def frozen_norm(
     Training: as above; nothing moves, no example sees another one, and ``dx = scale / sqrt(rv +
     epsilon) * dy`` has no batch terms.
     Inference: the same.
-    Options: ``trainable`` false keeps scale and bias from being trained, too (no gradient reaches
-    them): frozen statistics and a frozen affine are two switches. ``scale`` and ``bias`` false
-    leave them out.
+    Options: ``epsilon`` added to rv; ``trainable`` false keeps scale and bias from being trained,
+    too (no gradient reaches them), which is Detectron2's FrozenBatchNorm2d: frozen statistics and a
+    frozen affine are two switches here. ``scale`` and ``bias`` false leave them out.
     Pitfalls: weight decay moves parameters that get no gradient; leave norms out of it. With the
     start values it normalises nothing.
     Citation: Wu, Kirillov, Massa, Lo & Girshick (2019), Detectron2 (FrozenBatchNorm2d), software;
@@ -311,10 +311,11 @@ def regularized_norm(
     ``on_single`` error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves
     positions out of all statistics.
     Pitfalls: the penalty is not invariant to the scale of the weights before it and so acts on
-    their norm, too. The authors' code takes the running statistics after the update: a penalty
-    smaller by decay^2. Their weights depend on the task; the defaults here are ours.
+    their norm, too. This is the form ``diff2`` of the authors' code, one of seven there; it takes
+    the running statistics after the update: a penalty smaller by decay^2. Their weights depend on
+    the task; the defaults here are ours.
     Citation: Wang, Wu & Huang (2022), Understanding the Failure of Batch Normalization for
-    Transformers in NLP, NeurIPS.
+    Transformers in NLP, NeurIPS, arXiv:2210.05153.
 
     Returns:
       y, the new running statistics, and the penalty, which joins the loss.

@@ -24,25 +24,25 @@ class Whitening(NamedTuple):
     matrix: jax.Array
 
 
-def group_length(features: int, group_size: int) -> int:
-    """Features per group: ``group_size``, or all of them where there are fewer.
+def group_length(features: int, features_per_group: int) -> int:
+    """Features per group: ``features_per_group``, or all of them where there are fewer.
 
     Raises:
       UserError: the number of features is no multiple.
     """
-    size = min(group_size, features)
+    size = min(features_per_group, features)
     if size < 1 or features % size:
         divisors = [n for n in range(1, features + 1) if features % n == 0]
         raise UserError(
-            f"whitening in groups of group_size={group_size} on {features} features: they do not "
-            f"divide; choose one of {', '.join(map(str, divisors))}"
+            f"features_per_group={features_per_group} of a whitening norm on {features} features: "
+            f"they do not divide; choose one of {', '.join(map(str, divisors))}"
         )
     return size
 
 
 def whitening_start(features: int, options: Mapping[str, Any]) -> Whitening:
     """Mean 0, identity matrices."""
-    size = group_length(features, options["group_size"])
+    size = group_length(features, options["features_per_group"])
     return Whitening(jnp.zeros(features), jnp.tile(jnp.eye(size), (features // size, 1, 1)))
 
 
@@ -94,7 +94,7 @@ def _whiten(
     use: str,
     decay: Any,
     epsilon: Any,
-    group_size: int,
+    features_per_group: int,
     track: str,
     on_single: str,
     scope: Scope,
@@ -102,7 +102,7 @@ def _whiten(
 ) -> tuple[jax.Array, Whitening]:
     """Both kinds; ``whitening`` makes whitening matrices of covariances ``[..., size, size]``."""
     lookup(dict.fromkeys(TRACKS), track, "track of a whitening norm")
-    size = group_length(x.shape[-1], group_size)
+    size = group_length(x.shape[-1], features_per_group)
 
     def matrix_of(covariance: jax.Array) -> jax.Array:
         return whitening(covariance + epsilon * jnp.eye(size, dtype=covariance.dtype))
@@ -224,7 +224,7 @@ def decorrelated_norm(
     *,
     use: str,
     method: str = "zca",
-    group_size: int = 16,
+    features_per_group: int = 16,
     track: str = "whitening",
     decay: Any = 0.9,
     epsilon: Any = 1e-5,
@@ -236,7 +236,7 @@ def decorrelated_norm(
 
         y = scale * C^(-1/2) (x - m) + bias,  C = E[(x - m) (x - m)^T] + epsilon * I
 
-    m and C are mean and biased covariance of the features in each group of ``group_size``
+    m and C are mean and biased covariance of the features in each group of ``features_per_group``
     contiguous ones, over all other axes, merged over devices and sets like the moments of batch
     norm. x is ``[batch, ..., features]``; scale, bias and the running mean are ``[features]``, the
     running matrix is ``[groups, size, size]``, float32.
@@ -245,14 +245,15 @@ def decorrelated_norm(
     eigenvalues; for zca it does not divide by the gaps between them.
     Inference: with the running mean and the running whitening matrix.
     Options: ``method`` zca (C^(-1/2), the whitening that changes x least) or pca (onto the
-    principal axes, largest first); ``group_size``, or all features where there are fewer; ``track``
-    whitening (average of the matrices that whitened) or covariance (average of C, whitened at
-    inference: the only one for pca); ``decay`` of the running statistics; ``on_single`` error, warn
-    or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions out.
-    Pitfalls: needs many more values than ``group_size``: with fewer, C is singular and epsilon
-    decides. pca swaps and turns axes from one batch to the next, which keeps networks from learning
-    (the paper's stochastic axis swapping), and its gradient is huge where two eigenvalues are
-    nearly equal: it is cut off at rounding. An eigendecomposition per group and step is slow on
+    principal axes, largest first); ``features_per_group``, or all features where there are fewer;
+    ``track`` whitening (average of the matrices that whitened) or covariance (average of C,
+    whitened at inference: the only one for pca); ``decay`` of the running statistics; ``on_single``
+    error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions
+    out.
+    Pitfalls: needs many more values than ``features_per_group``: with fewer, C is singular and
+    epsilon decides. pca swaps and turns axes from one batch to the next, which keeps networks from
+    learning (the paper's stochastic axis swapping), and its gradient is huge where two eigenvalues
+    are nearly equal: it is cut off at rounding. An eigendecomposition per group and step is slow on
     accelerators.
     Citation: Huang, Yang, Lang & Deng (2018), Decorrelated Batch Normalization, CVPR,
     arXiv:1804.08450.
@@ -276,7 +277,7 @@ def decorrelated_norm(
         use=use,
         decay=decay,
         epsilon=epsilon,
-        group_size=group_size,
+        features_per_group=features_per_group,
         track=track,
         on_single=on_single,
         scope=scope,
@@ -308,7 +309,7 @@ def iterative_norm(
     *,
     use: str,
     iterations: int = 5,
-    group_size: int = 64,
+    features_per_group: int = 64,
     track: str = "whitening",
     decay: Any = 0.9,
     epsilon: Any = 1e-5,
@@ -323,19 +324,19 @@ def iterative_norm(
 
     Decorrelated batch norm whose C^(-1/2) comes from a few steps of Newton's method: products of
     matrices only, and directions of small variance are whitened less, the fewer steps the less. m
-    and C as there, per group of ``group_size`` contiguous features. x is ``[batch, ...,
+    and C as there, per group of ``features_per_group`` contiguous features. x is ``[batch, ...,
     features]``; scale, bias and the running mean are ``[features]``, the running matrix is
     ``[groups, size, size]``, float32.
 
     Training: as above; the gradient flows through all iterations.
     Inference: with the running mean and the running whitening matrix.
-    Options: ``iterations``; ``group_size``, or all features where there are fewer; ``track``
-    whitening (average of the matrices that whitened) or covariance (average of C, whitened at
-    inference); ``decay`` of the running statistics; ``on_single`` error, warn or beta; ``scale``
-    and ``bias`` false to leave them out. A mask leaves positions out of the statistics.
-    Pitfalls: needs many more values than ``group_size``. After 5 iterations eigenvalues far below
-    the trace are not whitened yet: the output's variance is below 1, the more so the larger the
-    group (with one feature per group it is 1). More iterations come close to decorrelated norm.
+    Options: ``iterations``; ``features_per_group``, or all features where there are fewer;
+    ``track`` whitening (average of the matrices that whitened) or covariance (average of C,
+    whitened at inference); ``decay`` of the running statistics; ``on_single`` error, warn or beta;
+    ``scale`` and ``bias`` false to leave them out. A mask leaves positions out of the statistics.
+    Pitfalls: needs many more values than ``features_per_group``. After 5 iterations eigenvalues far
+    below the trace are not whitened yet: the output's variance is below 1, the more so the larger
+    the group (with one feature per group it is 1). More iterations come close to decorrelated norm.
     Citation: Huang, Zhou, Zhu, Liu & Shao (2019), Iterative Normalization: Beyond Standardization
     towards Efficient Whitening, CVPR, arXiv:1904.03441.
 
@@ -352,7 +353,7 @@ def iterative_norm(
         use=use,
         decay=decay,
         epsilon=epsilon,
-        group_size=group_size,
+        features_per_group=features_per_group,
         track=track,
         on_single=on_single,
         scope=scope,

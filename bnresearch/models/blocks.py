@@ -1,6 +1,7 @@
 """What all models are made of: linear layers, activations, and where normalisation stands."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class Parts:
             dtype=self.dtype,
             kernel_init=init,
             # Where the layer stands is known once it stands there.
-            conv_general_dilated=lambda *a, **k: self.norm.linear(layer.path, convolve)(*a, **k),
+            conv_general_dilated=lambda *a, **k: self.norm.linear(site(layer), convolve)(*a, **k),
             name=name,
         )
         return layer(x)
@@ -101,10 +102,17 @@ class Parts:
             self.linear_bias,
             dtype=self.dtype,
             kernel_init=DENSE_INIT,
-            dot_general=lambda *a, **k: self.norm.linear(layer.path, multiply)(*a, **k),
+            dot_general=lambda *a, **k: self.norm.linear(site(layer), multiply)(*a, **k),
             name=name,
         )
         return layer(x)
+
+
+def site(layer: nn.Module) -> tuple[str, ...]:
+    """The path of the norm that belongs to a convolution or dense layer: that of the same number
+    beside it (conv1 and norm1), in front of it or behind."""
+    *above, name = layer.path
+    return (*above, re.sub(r"^(conv|dense)", "norm", name))
 
 
 class NoNorm:

@@ -156,8 +156,15 @@ class NFResNet(nn.Module):
     Families and stem are those of `resnet.ResNet`; shortcuts are always projections. Kernels start
     as its kernels do (He normal, fan_out; bitwise for one seed), and the standardisation leaves
     their direction of it; head LeCun normal; gains 1, biases 0. Weight decay spares gains and
-    biases by default, as in the paper. Left out of the published code: stochastic depth, dropout,
-    squeeze-and-excite.
+    biases by default, as in the paper.
+
+    What differs from the published code (google-deepmind/deepmind-research, nfnets/nf_resnet.py):
+
+    * the head: there it takes act(trunk), undivided by the expected deviation, and its kernel
+      starts as a normal of deviation 0.01;
+    * the activation: there act(x) / beta, here act(x / beta), which is the same for relu only, and
+      the one of the two whose input has variance 1;
+    * left out: stochastic depth, dropout, squeeze-and-excite.
 
     `norm` is ignored: `norm.kind` has to be "none", and `init.name` "he", because the start is what
     makes the method.
@@ -171,8 +178,10 @@ class NFResNet(nn.Module):
       width: multiplies the features of every stage.
       stem: a key of STEMS, or "auto": that of the family.
       alpha: factor of every branch.
-      zero_gain: start the learnable skip_gain of each branch at 0 instead of 1; blocks that keep
-        the shape are then the identity at the start, and beta is what the variance would be.
+      zero_gain: start the learnable skip_gain of each branch at 0, as the published code does,
+        instead of 1; blocks that keep the shape are then the identity at the start, and beta is
+        what the deviation would be with gains of 1. Under `optim.agc` gains at 0 move slowly,
+        as they count there as weights of length 1e-3: short trainings want 1 then.
       activation: a key of ACTIVATIONS.
     """
 
@@ -184,7 +193,7 @@ class NFResNet(nn.Module):
     width: float = 1.0
     stem: str = "auto"
     alpha: float = 0.2
-    zero_gain: bool = False
+    zero_gain: bool = True
     activation: str = "relu"
 
     @nn.compact
