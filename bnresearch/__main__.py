@@ -80,9 +80,10 @@ def _list(values: flags.FlagValues, argv: list[str]) -> None:
     """List what can be chosen in a config: norms | presets | weights | models | inits | datasets |
     tasks | optimizers | schedules | modes | stats | configs."""
     what, *others = argv or [""]
-    rows = lookup(LISTS, what, "thing to list")()
+    make = lookup(LISTS, what, "thing to list")
     if others:
         raise UserError(f"unexpected argument {others[0]!r}; list takes one thing at a time")
+    rows = make()
     width = max(len(name) for name, _ in rows)
     for name, summary in rows:
         print(f"{name:{width}s}  {summary}")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from bnresearch.kind import Kind, page
 from bnresearch.norm import NORMS
 
@@ -35,18 +37,27 @@ def row(name: str) -> Row:
         name,
         f"{about.title} ({about.authors}, {about.year})",
         about.formula.splitlines()[0],
-        tuple(kind.params(FEATURES, kind.options)),
+        param_names(kind),
         state_names(kind),
         kind.batch_dependent,
     )
+
+
+def param_names(kind: Kind) -> tuple[str, ...]:
+    """The names of the parameters that a kind has at its default options, in their order."""
+    names: list[str] = []
+    # Traced, so that nothing is computed; what jax returns itself has lost the order.
+    jax.eval_shape(lambda: names.extend(kind.params(FEATURES, kind.options)))
+    return tuple(names)
 
 
 def state_names(kind: Kind) -> tuple[str, ...]:
     """The names of the running statistics that a kind keeps at its default options."""
     if kind.state is None:
         return ()
-    start = kind.state(FEATURES, kind.options)._asdict()
-    return tuple(name for name, value in start.items() if value is not None)
+    make = kind.state
+    start = jax.eval_shape(lambda: make(FEATURES, kind.options))
+    return tuple(name for name, value in start._asdict().items() if value is not None)
 
 
 def listing() -> list[tuple[str, str]]:

@@ -119,7 +119,7 @@ def test_one_value_gives_the_bias_in_keras():
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (3, 4, 5, 6)], ids=["2d", "4d"])
-@pytest.mark.parametrize("limits", [(1.05, 0.1), (3.0, 5.0), (float("inf"), float("inf"))], ids=str)
+@pytest.mark.parametrize("limits", [(1.05, 0.1), (3.0, 5.0), (1e30, 1e30)], ids=str)
 def test_batch_renorm(shape, limits):
     """Two differences in the start and the defaults, else equal: keras starts the running deviation
     at 1, and clips nothing by default."""

@@ -42,7 +42,7 @@ FLAGS = [
     (("eval", "--workdir=retyped"), ("optim.learning_rate='x'", "type str, not float")),
     (("eval", "--workdir=cut"), ("lacks 'model.mlp.widths'", "Put the key back")),
     (("eval", "--workdir=unnamed"), ("lacks 'model.", "Put the key back")),
-    (("list",), ("thing to list ''", "configs, datasets, models")),
+    (("list",), ("thing to list ''", "configs, datasets, inits, models")),
     (("list", "layers"), ("thing to list 'layers'", "norms")),
     (("list", "norms", "models"), ("'models'", "one thing")),
     (("list", "norms", "--all"), ("--all", "--help")),

@@ -220,7 +220,9 @@ def test_covariances_merge_over_devices(kind, mode):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match=r"features_per_group=4 of a whitening norm on 6 features.*1, 2, 3, 6"):
+    with pytest.raises(
+        UserError, match=r"features_per_group=4 of a whitening norm on 6 features.*1, 2, 3, 6"
+    ):
         whitening.whitening_start(6, dict(features_per_group=4))
     with pytest.raises(UserError, match="track=covariance"):
         whitening.decorrelated_norm(

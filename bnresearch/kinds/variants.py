@@ -167,8 +167,8 @@ def batch_renorm(
     ``var`` holds ``rs^2 - epsilon``.
     Inference: ``scale * (x - rm) / rs + bias``; nothing moves.
     Options: the first ``warm_up`` steps are plain batch normalization; from there the limits grow
-    linearly to ``r_max`` at step ``r_ramp`` and to ``d_max`` at step ``d_ramp``; infinite maxima
-    clip nothing (so does keras by default). ``decay`` of the running statistics; ``on_single``
+    linearly to ``r_max`` at step ``r_ramp`` and to ``d_max`` at step ``d_ramp``; maxima of 1e30
+    clip nothing (as keras by default). ``decay`` of the running statistics; ``on_single``
     error, warn or beta; ``scale`` and ``bias`` false to leave them out. A mask leaves positions out
     of all statistics.
     Pitfalls: the schedule is the paper's, for long training: in a short run scale it, or all of it
