@@ -70,7 +70,7 @@ def update_page() -> None:
     """Put the results that there are between the marks of docs/performance.md."""
     page = PAGE.read_text()
     for name, part in PARTS.items():
-        results = sorted(RESULTS.glob(f"{name}*.json"))
+        results = sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: path.stem)
         if found := [path for path in results if "-quick" not in path.name]:
             body = "\n".join(markdown(part, json.loads(path.read_text())) for path in found)
             marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
