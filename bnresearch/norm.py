@@ -54,18 +54,7 @@ __all__ = [
 
 AFFINE = dict(scale=True, bias=True)
 
-BATCH = dict(
-    decay=0.9,
-    epsilon=1e-5,
-    correction=0,
-    variance="two_pass",
-    stat_dtype="float32",
-    average="ema",
-    window=16,
-    track="variance",
-    on_single="error",
-    **AFFINE,
-)
+BATCH = dict(**PRESETS["bnresearch"].options, window=16, track="variance", **AFFINE)
 
 # For kinds that have little use for more.
 FEW = dict(decay=0.9, epsilon=1e-5, on_single="error", **AFFINE)
