@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import dtypes
 
-from bnresearch.errors import UserError
-from bnresearch.kinds.batch import batch_norm
+from bnresearch.errors import UserError, lookup
+from bnresearch.kinds.batch import ON_SINGLE, batch_norm
 from bnresearch.sets import Scope, Stats
 
 
@@ -93,6 +93,7 @@ class BatchNorm(nn.BatchNorm):
         use_running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        self._check_fields()
         x = jnp.asarray(x)
         axes = feature_axes(self.axis, x.ndim)
         shape = tuple(x.shape[axis] for axis in axes)
@@ -118,6 +119,15 @@ class BatchNorm(nn.BatchNorm):
                 variable.value = value.reshape(shape).astype(variable.value.dtype)
         dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         return features_back(y, axes, x.shape).astype(dtype)
+
+    def _check_fields(self) -> None:
+        lookup(dict.fromkeys(ON_SINGLE), self.on_single, "on_single of BatchNorm")
+        for name, largest in (("momentum", 1), ("epsilon", math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 <= value <= largest:
+                raise UserError(
+                    f"BatchNorm({name}={value}) is out of range; give a number in [0, {largest}]"
+                )
 
     def _running(self, shape: tuple[int, ...]) -> tuple[nn.Variable, nn.Variable]:
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype

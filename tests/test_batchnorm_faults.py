@@ -117,3 +117,12 @@ def test_statistics_keep_their_dtype():
 def test_complex_input_is_refused():
     with pytest.raises(UserError, match="complex64"):
         bnresearch.BatchNorm(**TRAIN).init(jax.random.key(0), jnp.ones((4, 2), jnp.complex64))
+
+
+@pytest.mark.parametrize(
+    "field", [{"momentum": 2.0}, {"momentum": -0.1}, {"epsilon": -1.0}, {"on_single": "ignore"}]
+)
+def test_fields_out_of_range_are_refused_at_the_start(field):
+    with pytest.raises(UserError, match="out of range|on_single of BatchNorm"):
+        module = bnresearch.BatchNorm(use_running_average=False, **field)
+        module.init(jax.random.key(0), jnp.ones((4, 2)))
