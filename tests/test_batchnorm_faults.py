@@ -123,6 +123,6 @@ def test_complex_input_is_refused():
     "field", [{"momentum": 2.0}, {"momentum": -0.1}, {"epsilon": -1.0}, {"on_single": "ignore"}]
 )
 def test_fields_out_of_range_are_refused_at_the_start(field):
+    module = bnresearch.BatchNorm(use_running_average=False, **field)
     with pytest.raises(UserError, match="out of range|on_single of BatchNorm"):
-        module = bnresearch.BatchNorm(use_running_average=False, **field)
         module.init(jax.random.key(0), jnp.ones((4, 2)))
