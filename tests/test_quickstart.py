@@ -78,9 +78,10 @@ def test_ctrl_c_exits_75_and_the_same_command_goes_on(tmp_path, config):
     arguments = [f"--config={config}", f"--out={out}", "--seeds=1", "--rates=0.1"]
     process = start(*arguments)
     status = out / "batch-lr0.1-seed0" / "status.json"
-    while not status.exists() and process.poll() is None:
+    metrics = out / "batch-lr0.1-seed0" / "metrics.jsonl"
+    # Steps have been taken once one is logged; how long compiling takes before that, who knows.
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
