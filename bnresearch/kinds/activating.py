@@ -6,12 +6,12 @@ the same, without a gradient, so that a site's parameters do not depend on its p
 """
 
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtri
 
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
@@ -190,8 +190,8 @@ def proxy_norm(
     h = affine(standardise(centred, var, None, None, epsilon).reshape(x.shape), scale, bias)
     if not activates:
         return h.astype(x.dtype)
-    quantiles = ndtri((np.arange(samples) + 0.5) / samples)
-    quantiles = jnp.asarray(quantiles / quantiles.std(), h.dtype)[:, None]
+    drawn = np.array([NormalDist().inv_cdf((i + 0.5) / samples) for i in range(samples)])
+    quantiles = jnp.asarray(drawn / drawn.std(), h.dtype)[:, None]
     proxy = jax.nn.relu(affine(proxy_bias + (1 + proxy_scale) * quantiles, scale, bias))
     y = (jax.nn.relu(h) - proxy.mean(0)) * jax.lax.rsqrt(proxy.var(0) + proxy_epsilon)
     return y.astype(x.dtype)
