@@ -42,7 +42,7 @@ class Sharing(NamedTuple):
 
 
 def parse_scope(text: str) -> Sharing:
-    """ "global", "device", "group:N" (devices) or "ghost:N" (examples).
+    """What ``global``, ``device``, ``group:N`` (devices) or ``ghost:N`` (examples) asks for.
 
     Raises:
       UserError: anything else.

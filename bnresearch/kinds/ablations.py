@@ -12,15 +12,9 @@ import jax.numpy as jnp
 
 from bnresearch import averages
 from bnresearch.errors import UserError
-from bnresearch.kinds.batch import affine, batch_moments, batch_norm, normalise, standardise
+from bnresearch.kinds.batch import affine, batch_moments, batch_norm, moved, normalise, standardise
 from bnresearch.kinds.within import prepared
 from bnresearch.sets import Scope, Sets, Stats, whole_batch
-
-
-def moved(running: Any, sets: Sets, stats: Stats, decay: Any, track: str = "variance") -> Any:
-    """The running statistics after this batch: once, towards the moments of the whole batch."""
-    batch, count = whole_batch(sets, stats), sets.batch_count()
-    return averages.update(running, batch, count, decay=decay, track=track)
 
 
 def centre_norm(
@@ -61,7 +55,7 @@ def centre_norm(
         return affine(prepared(x)[0] - running.mean, scale, bias).astype(x.dtype), running
     sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     y = sets.join(affine(centred, scale, bias))
-    return y, moved(running, sets, stats, decay)
+    return y, moved(running, sets, stats, decay=decay)
 
 
 def mean_only_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -154,7 +148,7 @@ def scale_only_norm(
     sets, _, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     square = jnp.square(stats.mean) + stats.var
     y = sets.join(standardise(sets.x, square, scale, bias, epsilon))
-    return y, moved(running, sets, stats, decay, track="second_moment")
+    return y, moved(running, sets, stats, decay=decay, track="second_moment")
 
 
 def stop_gradient_norm(
@@ -197,7 +191,7 @@ def stop_gradient_norm(
     sets, _, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     fixed = jax.lax.stop_gradient(stats)
     y = sets.join(standardise(sets.x - fixed.mean, fixed.var, scale, bias, epsilon))
-    return y, moved(running, sets, stats, decay)
+    return y, moved(running, sets, stats, decay=decay)
 
 
 def _gaussian_factor(p: Any) -> jax.Array:

@@ -94,6 +94,12 @@ def normalise(
     return standardise(wide(x) - stats.mean, stats.var, scale, bias, epsilon).astype(x.dtype)
 
 
+def moved(running: Any, sets: Sets, stats: Stats, **how: Any) -> Any:
+    """The running statistics after this batch: once, towards the moments of the whole batch;
+    ``how`` is the keywords of `averages.update`."""
+    return averages.update(running, whole_batch(sets, stats), sets.batch_count(), **how)
+
+
 def batch_norm(
     x: jax.Array,
     scale: jax.Array | None,
@@ -158,13 +164,5 @@ def batch_norm(
         on_single=on_single,
     )
     y = sets.join(standardise(centred, stats.var, scale, bias, epsilon))
-    new = averages.update(
-        running,
-        whole_batch(sets, stats),
-        sets.batch_count(),
-        decay=decay,
-        correction=correction,
-        average=average,
-        track=track,
-    )
-    return y, new
+    how = dict(decay=decay, correction=correction, average=average, track=track)
+    return y, moved(running, sets, stats, **how)

@@ -6,26 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnresearch import averages
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import affine, batch_moments, single_value, standardise
+from bnresearch.kinds.batch import affine, batch_moments, moved, single_value, standardise
 from bnresearch.kinds.within import centred_and_var
-from bnresearch.sets import Scope, Sets, Stats, align_mask, moments, pool, whole_batch
-
-
-def _moved(
-    running: Any, sets: Sets, stats: Stats, decay: Any, correction: int, average: str, track: str
-) -> Any:
-    return averages.update(
-        running,
-        whole_batch(sets, stats),
-        sets.batch_count(),
-        decay=decay,
-        correction=correction,
-        average=average,
-        track=track,
-    )
+from bnresearch.sets import Scope, Sets, Stats, align_mask, moments, pool
 
 
 def switchable_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -95,7 +80,8 @@ def switchable_norm(
             stat_dtype=stat_dtype,
             on_single=on_single,
         )
-        new = _moved(running, sets, stats, decay, correction, average, track)
+        how = dict(decay=decay, correction=correction, average=average, track=track)
+        new = moved(running, sets, stats, **how)
     parts = [*_of_examples(sets, x.ndim), (centred, stats.var)]
     logits = jnp.stack([mean_logits, var_logits])[:, -len(parts) :]
     p, q = jax.nn.softmax(logits, axis=-1)
@@ -222,10 +208,8 @@ def batch_group_norm(
     if use == "running":
         return y, running
     per_feature = Sets(x, inner, mask, stat_dtype)
-    new = _moved(
-        running, per_feature, moments(per_feature, variance)[1], decay, correction, average, track
-    )
-    return y, new
+    how = dict(decay=decay, correction=correction, average=average, track=track)
+    return y, moved(running, per_feature, moments(per_feature, variance)[1], **how)
 
 
 def _with_running(x: jax.Array, running: Any, channels: int, epsilon: Any) -> jax.Array:
@@ -298,7 +282,8 @@ def evonorm_b0(
             on_single=on_single,
         )
         var = stats.var
-        new = _moved(running, sets, stats, decay, correction, average, track)
+        how = dict(decay=decay, correction=correction, average=average, track=track)
+        new = moved(running, sets, stats, **how)
     deviation = jnp.sqrt(var + epsilon)
     if activates:
         positions = tuple(range(sets.x.ndim - x.ndim + 1, sets.x.ndim - 1))

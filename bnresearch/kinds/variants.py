@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.ablations import moved
-from bnresearch.kinds.batch import affine, batch_moments, batch_norm, normalise, standardise
+from bnresearch.kinds.batch import affine, batch_moments, batch_norm, moved, normalise, standardise
 from bnresearch.sets import Scope, Stats, whole_batch
 
 
@@ -276,7 +275,7 @@ def extended_norm(
     sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
     shared = stats.var.mean(-1, keepdims=True)
     y = sets.join(standardise(centred, shared, scale, bias, epsilon))
-    return y, moved(running, sets, stats, decay)
+    return y, moved(running, sets, stats, decay=decay)
 
 
 def regularized_norm(
@@ -331,4 +330,4 @@ def regularized_norm(
     distance = mean_penalty * jnp.square(stats.mean - running.mean)
     penalty = sets.batch_mean(distance + std_penalty * jnp.square(deviation)).sum()
     y = sets.join(standardise(centred, stats.var, scale, bias, epsilon))
-    return y, moved(running, sets, stats, decay), penalty
+    return y, moved(running, sets, stats, decay=decay), penalty

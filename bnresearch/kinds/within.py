@@ -16,10 +16,6 @@ def prepared(x: jax.Array, mask: Any = None) -> tuple[jax.Array, jax.Array | Non
     Raises:
       UserError: x is not floating-point, or has no batch axis; or the mask does not fit.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(
-            f"a norm takes floating-point input, not {x.dtype}; convert it: x.astype(float)"
-        )
     if x.ndim < 2:
         raise UserError(f"a norm takes [batch, ..., features], not an input of shape {x.shape}")
     return wide(x), None if mask is None else align_mask(mask, x.shape)
