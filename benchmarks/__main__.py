@@ -10,7 +10,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint, norms, start, step
+from benchmarks import checkpoint, norms, start, step, sweep
 from benchmarks.measure import RESULTS, write
 
 PARTS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ PARTS: dict[str, ModuleType] = {
     "norms": norms,
     "start": start,
     "checkpoint": checkpoint,
+    "sweep": sweep,
 }
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 

@@ -2,21 +2,23 @@
 
 ``bnresearch.config`` has every option, ``bnresearch.train.run`` trains one config, and
 ``python -m bnresearch`` is the command line. ``bnresearch.BatchNorm`` stands in for
-flax.linen.BatchNorm. Nothing is imported before it is asked for, so that tools which only read run
-folders need not wait for jax.
+flax.linen.BatchNorm; ``bnresearch.load_study`` reads a study folder into pandas frames. Nothing is
+imported before it is asked for, so that tools which only read run folders need not wait for jax.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnresearch.batchnorm import BatchNorm
+    from bnresearch.records import load_study
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "load_study"]
+
+HOMES = {"BatchNorm": "bnresearch.batchnorm", "load_study": "bnresearch.records"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "BatchNorm":
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bnresearch.batchnorm import BatchNorm
-
-    return BatchNorm
+    return getattr(importlib.import_module(HOMES[name]), name)

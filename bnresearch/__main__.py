@@ -1,17 +1,17 @@
 """The command line: ``python -m bnresearch VERB --flags``."""
 
-import ast
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
-from bnresearch.errors import Diverged, Stopped, UserError, lookup
+from bnresearch import arguments
+from bnresearch.errors import Diverged, RunsFailed, Stopped, UserError, lookup
+from bnresearch.listing import LISTS, summary
 
 USAGE = """\
 bnresearch: a laboratory for Batch Normalization in JAX.
@@ -19,6 +19,8 @@ bnresearch: a laboratory for Batch Normalization in JAX.
   python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/a
   python -m bnresearch train --config=configs/digits_mlp.py --workdir=runs/b --config.norm.kind=none
   python -m bnresearch eval  --workdir=runs/a --stats=batch
+  python -m bnresearch study configs/studies/bn_vs_none.py --scale=quick --out=runs/bn_vs_none
+  python -m bnresearch report runs/bn_vs_none
   python -m bnresearch list  norms
 
 {verbs}
@@ -33,6 +35,10 @@ def _train_flags(argv: list[str], values: flags.FlagValues) -> None:
 
     config.define_flag(argv, values)
     flags.DEFINE_string("workdir", None, "run folder: made, or continued", flag_values=values)
+    _progress_flag(values)
+
+
+def _progress_flag(values: flags.FlagValues) -> None:
     help_text = "how to show that it moves; auto: a bar on a terminal, lines elsewhere"
     kinds = ["auto", "bar", "lines", "off"]
     flags.DEFINE_enum("progress", "auto", kinds, help_text, flag_values=values)
@@ -72,127 +78,92 @@ def _eval(values: flags.FlagValues, argv: list[str]) -> None:
     print(json.dumps(finite(evaluate.evaluate_run(values.workdir, values.stats, values.split))))
 
 
+def _study_flags(argv: list[str], values: flags.FlagValues) -> None:
+    flags.DEFINE_string("scale", None, "smoke, quick or full", flag_values=values)
+    flags.DEFINE_string("out", None, "the study's folder: made, or continued", flag_values=values)
+    help_text = "inline: in this process; local: worker processes; auto: what suits"
+    flags.DEFINE_string("launcher", "auto", help_text, flag_values=values)
+    help_text = "worker processes; 0: one per GPU or core"
+    flags.DEFINE_integer("launcher.workers", 0, help_text, 0, flag_values=values)
+    help_text = "runs per arm and point, instead of the scale's"
+    flags.DEFINE_integer("seeds", None, help_text, 1, flag_values=values)
+    flags.DEFINE_boolean("yes", False, "do not ask before a great many runs", flag_values=values)
+    _progress_flag(values)
+
+
+def _study(values: flags.FlagValues, argv: list[str]) -> None:
+    """Run a study: what is missing of its runs, then verdicts and a page; the same command goes on.
+
+    Runs that diverge are results; runs that fail are named, left out, and tried again by the next
+    call. `list studies` shows those that come with the source; docs/own_study.md writes one."""
+    from bnresearch import lab, study
+    from bnresearch.verdict import table
+
+    if len(argv) != 1:
+        raise UserError(f"study takes one study file, {len(argv)} given; see --help")
+    for flag in ("scale", "out"):
+        _require(values, flag)
+    runs = study.count(study.load(argv[0]), values.scale, values.seeds)
+    outcome = lab.conduct(
+        argv[0],
+        values.scale,
+        values.out,
+        launcher=values.launcher,
+        workers=values["launcher.workers"].value or 0,
+        seeds=values.seeds,
+        show=values.progress,
+        confirmed=values.yes or _agreed(runs),
+        command=["python", "-m", "bnresearch", *sys.argv[1:]],
+    )
+    table.show(outcome.definition)
+    print(f"\nPage: {outcome.page}")
+    if outcome.counts.failed:
+        raise RunsFailed(outcome.counts.failed)
+
+
+def _agreed(runs: int) -> bool:
+    """Whether somebody at a terminal wants that many runs; elsewhere nobody can be asked."""
+    from bnresearch.study.planning import LIMIT
+
+    if runs <= LIMIT or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{runs:,} runs: go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _report_flags(argv: list[str], values: flags.FlagValues) -> None:
+    help_text = "where the site goes (default: report/ in the folder)"
+    flags.DEFINE_string("out", None, help_text, flag_values=values)
+
+
+def _report(values: flags.FlagValues, argv: list[str]) -> None:
+    """Write the site of a study folder, or of all studies below it, from their files alone."""
+    from pathlib import Path
+
+    from bnresearch import records, report
+
+    if len(argv) != 1:
+        raise UserError(f"report takes one folder, {len(argv)} given; see --help")
+    results = [records.load_study(folder) for folder in records.find_studies(argv[0])]
+    out = Path(values.out or Path(argv[0]) / "report").expanduser()
+    print(f"Page: {report.write(results, out)}")
+
+
 def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
     """The verb takes no flags."""
 
 
 def _list(values: flags.FlagValues, argv: list[str]) -> None:
     """List what can be chosen in a config: norms | presets | weights | models | inits | datasets |
-    tasks | optimizers | schedules | modes | stats | configs."""
+    tasks | optimizers | schedules | modes | stats | configs | studies."""
     what, *others = argv or [""]
     make = lookup(LISTS, what, "thing to list")
     if others:
         raise UserError(f"unexpected argument {others[0]!r}; list takes one thing at a time")
-    rows = make()
+    rows = make() or [("(none)", "")]
     width = max(len(name) for name, _ in rows)
-    for name, summary in rows:
-        print(f"{name:{width}s}  {summary}")
-
-
-def _summary(thing: object) -> str:
-    return (inspect.getdoc(thing) or "").split("\n\n")[0].split("\n")[0]
-
-
-def _norms() -> list[tuple[str, str]]:
-    from bnresearch.handbook import listing
-
-    return listing()
-
-
-def _weights() -> list[tuple[str, str]]:
-    from bnresearch.reparam import REPARAMS
-
-    return [(name, _summary(function)) for name, function in REPARAMS.items()]
-
-
-def _presets() -> list[tuple[str, str]]:
-    from bnresearch.conventions import PRESETS
-
-    return [
-        (name, ", ".join(f"{key}={value}" for key, value in preset.options.items()))
-        for name, preset in PRESETS.items()
-    ]
-
-
-def _inits() -> list[tuple[str, str]]:
-    from bnresearch.initialise import INITS
-
-    return [(name, _summary(entry.fit or entry.draw)) for name, entry in INITS.items()]
-
-
-def _models() -> list[tuple[str, str]]:
-    from bnresearch.models import MODELS
-
-    return [(name, _summary(entry.module)) for name, entry in MODELS.items()]
-
-
-def _datasets() -> list[tuple[str, str]]:
-    from bnresearch.data import describe
-
-    return describe()
-
-
-def _tasks() -> list[tuple[str, str]]:
-    from bnresearch.tasks import TASKS
-
-    return [(name, _summary(task)) for name, task in TASKS.items()]
-
-
-def _optimizers() -> list[tuple[str, str]]:
-    from bnresearch.optim import OPTIMIZERS
-
-    return [(name, f"options {dict(entry.options)}") for name, entry in OPTIMIZERS.items()]
-
-
-def _schedules() -> list[tuple[str, str]]:
-    from bnresearch.optim import SCHEDULES
-
-    return [(name, f"options {dict(entry.options)}") for name, entry in SCHEDULES.items()]
-
-
-def _modes() -> list[tuple[str, str]]:
-    from bnresearch.parallel import MODES
-
-    return [(name, _summary(layout)) for name, layout in MODES.items()]
-
-
-def _stats() -> list[tuple[str, str]]:
-    from bnresearch.evaluate import STATS
-
-    return [(name, _summary(make)) for name, make in STATS.items()]
-
-
-def _configs() -> list[tuple[str, str]]:
-    beside = Path(__file__).resolve().parent.parent / "configs"
-    folder = Path("configs") if Path("configs").is_dir() else beside
-    rows = []
-    for path in sorted(folder.glob("*.py")):
-        rows.append((os.path.relpath(path), _first_doc_line(path)))
-    return rows
-
-
-def _first_doc_line(path: Path) -> str:
-    try:
-        tree = ast.parse(path.read_bytes(), path.name)  # bytes: with whatever encoding they declare
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"(cannot be read: {' '.join(str(error).split())})"
-    return (ast.get_docstring(tree) or "").split("\n")[0]
-
-
-LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
-    "norms": _norms,
-    "presets": _presets,
-    "weights": _weights,
-    "models": _models,
-    "inits": _inits,
-    "datasets": _datasets,
-    "tasks": _tasks,
-    "optimizers": _optimizers,
-    "schedules": _schedules,
-    "modes": _modes,
-    "stats": _stats,
-    "configs": _configs,
-}
+    for name, text in rows:
+        print(f"{name:{width}s}  {text}".rstrip())
 
 
 class Verb(NamedTuple):
@@ -201,12 +172,19 @@ class Verb(NamedTuple):
     usage: str
     define: Callable[[list[str], flags.FlagValues], None]
     run: Callable[[flags.FlagValues, list[str]], None]
-    positional: bool = False
+    positional: bool = False  # whether it takes any
 
 
 VERBS = {
     "train": Verb("train --config=FILE --workdir=DIR [--config.a.b=v ...]", _train_flags, _train),
     "eval": Verb("eval --workdir=DIR [--stats=running] [--split=test]", _eval_flags, _eval),
+    "study": Verb(
+        "study FILE --scale=smoke|quick|full --out=DIR [--launcher=local] [--launcher.workers=N]",
+        _study_flags,
+        _study,
+        positional=True,
+    ),
+    "report": Verb("report DIR [--out=DIR]", _report_flags, _report, positional=True),
     "list": Verb(f"list {' | '.join(LISTS)}", _no_flags, _list, positional=True),
 }
 
@@ -217,14 +195,14 @@ def _require(values: flags.FlagValues, flag: str) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:8s} {_summary(verb.run)}" for name, verb in VERBS.items()]
+    lines = [f"  {name:8s} {summary(verb.run)}" for name, verb in VERBS.items()]
     return USAGE.format(verbs="\n".join(lines))
 
 
 def _help(verb: Verb, values: flags.FlagValues) -> str:
     lines = [f"python -m bnresearch {verb.usage}", "", inspect.getdoc(verb.run) or "", ""]
     for name in sorted(values):
-        if "." not in name:
+        if not name.startswith("config."):
             lines.append(f"  --{name:10s} {values[name].help}  (default: {values[name].default})")
     if "config" in values and values["config"].value is not None:
         from bnresearch.config import flatten
@@ -242,17 +220,21 @@ def run(argv: list[str]) -> None:
     verb = lookup(VERBS, argv[0], "verb")
     wants_help = any(item in ("--help", "-h", "--helpfull") for item in argv)
     rest = [item for item in argv[1:] if item not in ("--help", "-h", "--helpfull")]
-    positional = [item for item in rest if not item.startswith("-")] if verb.positional else []
-    given = ["bnresearch", *(item for item in rest if item not in positional)]
+    given, others = ["bnresearch", *rest], list[str]()
     values = flags.FlagValues()
     verb.define(given, values)
-    from bnresearch.config import parse_flags
+    if "config" in values:
+        from bnresearch.config import parse_flags
 
-    parse_flags(given, values)
+        parse_flags(given, values)
+    else:
+        others = arguments.parse(given, values)
     if wants_help:
         print(_help(verb, values))
-    else:
-        verb.run(values, positional)
+        return
+    if not verb.positional:
+        arguments.refuse_others(others)
+    verb.run(values, others)
 
 
 def main() -> int:
@@ -265,6 +247,9 @@ def main() -> int:
     except Diverged as error:
         print(error, file=sys.stderr)
         return 3
+    except RunsFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     except Stopped as error:
         print(error, file=sys.stderr)
         return 75

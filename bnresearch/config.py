@@ -16,7 +16,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bnresearch import config_file, data, initialise, models, norm_config, optim, parallel, tasks
+from bnresearch import (
+    arguments,
+    config_file,
+    data,
+    initialise,
+    models,
+    norm_config,
+    optim,
+    parallel,
+    tasks,
+)
 from bnresearch.conventions import momentum_message
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
@@ -26,6 +36,7 @@ SCHEMA = 2
 
 STATISTICS = ("microbatch", "batch")
 DTYPES = ("float32", "bfloat16")
+NEVER = "never"  # what train.checkpoint_every may be instead of a duration
 
 # Tables whose choice owns a sub-dict of options: path of the choice -> (table, key of the choice).
 CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
@@ -40,28 +51,35 @@ CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
 
 def default_config() -> ConfigDict:
     """Every key there is, with its default: digits, an MLP with BatchNorm, SGD with momentum."""
-    return ConfigDict(
-        dict(
-            seed=0,
-            dtype="float32",  # compute dtype; parameters and statistics are always float32
-            data=data.DEFAULTS,
-            task=dict(name="classification", **tasks.options()),
-            model=dict(name="mlp", **{name: models.options(name) for name in models.MODELS}),
-            norm=norm_config.defaults(),
-            init=dict(name="he"),  # of the kernels: he | orthogonal | lsuv
-            optim=optim.defaults(),
-            train=dict(
-                duration="10ep",  # "10ep" epochs or "5000st" optimizer steps
-                accumulate=1,  # microbatches per step
-                accumulate_statistics="microbatch",  # of the norms: each microbatch | whole batch
-                log_every="1ep",
-                eval_every="1ep",
-                checkpoint_every="1ep",
-                keep=2,  # checkpoints
-            ),
-            parallel=dict(mode="jit", devices=0),  # 0: all there are
-        )
+    return ConfigDict(_defaults())
+
+
+def _defaults() -> dict[str, Any]:
+    return dict(
+        seed=0,
+        dtype="float32",  # compute dtype; parameters and statistics are always float32
+        data=data.DEFAULTS,
+        task=dict(name="classification", **tasks.options()),
+        model=dict(name="mlp", **{name: models.options(name) for name in models.MODELS}),
+        norm=norm_config.defaults(),
+        init=dict(name="he"),  # of the kernels: he | orthogonal | lsuv | matched
+        optim=optim.defaults(),
+        train=dict(
+            duration="10ep",  # "10ep" epochs or "5000st" optimizer steps
+            accumulate=1,  # microbatches per step
+            accumulate_statistics="microbatch",  # of the norms: each microbatch | whole batch
+            log_every="1ep",
+            eval_every="1ep",
+            checkpoint_every="1ep",  # or never: saved only where the run is stopped
+            keep=2,  # checkpoints
+        ),
+        parallel=dict(mode="jit", devices=0),  # 0: all there are
     )
+
+
+def _known() -> dict[str, Any]:
+    """Every key with a value of its type: its default, where that is not left open."""
+    return flatten(_defaults()) | norm_config.typical()
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -85,7 +103,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
 
 def define_flag(argv: list[str], values: flags.FlagValues) -> None:
     """Define ``--config=FILE`` with ``--config.a.b=v`` overrides taken from ``argv``."""
-    _refuse_flagfile(argv)
+    arguments.refuse_flagfile(argv)
     help_text = "config file with a get_config() function; --config.a.b=v overrides a value"
     config_flags.DEFINE_config_file(
         "config", None, help_text, flag_values=values, sys_argv=argv, lock_config=True
@@ -94,29 +112,20 @@ def define_flag(argv: list[str], values: flags.FlagValues) -> None:
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> flags.FlagValues:
     """Parse ``argv``, turning every complaint of absl and ml_collections into a UserError."""
-    _refuse_flagfile(argv)
+    arguments.refuse_flagfile(argv)
     given = _config_flag(argv)
     if given is not None:
-        _check_keys(flatten(config_file.read(given)), flatten(default_config()))
+        _check_keys(flatten(config_file.read(given)), _known())
         _check_overrides(argv)
     try:
-        rest = values(argv)
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown flag --{error.flagname}; see --help") from None
-    except flags.Error as error:
-        raise UserError(_explain_flag(str(error))) from None
+        others = arguments.parse(argv, values, _explain_flag)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the config cannot be read: {reason}") from None
-    if rest[1:]:
-        raise UserError(f"unexpected argument {rest[1]!r}; options start with --; see --help")
+    arguments.refuse_others(others)
     return values
-
-
-def _refuse_flagfile(argv: list[str]) -> None:
-    """absl would read flags from files, past all checks here of what was given."""
-    if any(re.match(r"--?flagfile(=|$)", item) for item in argv):
-        raise UserError("--flagfile is not read here; write its flags on the command line")
 
 
 def _config_flag(argv: list[str]) -> str | None:
@@ -132,8 +141,7 @@ def _config_flag(argv: list[str]) -> str | None:
 def _explain_flag(message: str) -> str:
     """absl's complaint about a value, with the kind of value that the config key takes."""
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
-    defaults = flatten(default_config()) | norm_config.typical()
-    default = defaults.get(match[1]) if match else None
+    default = _known().get(match[1]) if match else None
     if match is None or default is None:
         return f"{message}; see --help"
     return (
@@ -143,7 +151,7 @@ def _explain_flag(message: str) -> str:
 
 def _check_overrides(argv: list[str]) -> None:
     """Refuse unknown keys and whole groups of keys, for which ml_collections has no words."""
-    known = sorted(flatten(default_config()))
+    known = sorted(_known())
     for item in argv:
         match = re.match(r"--?config\.([\w.]+)(?:=(.*))?", item, re.DOTALL)
         if match is None or match[1] in known:
@@ -173,10 +181,8 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 def validate(config: ConfigDict) -> None:
     """Raise a UserError for everything that can be seen to be wrong without data or devices."""
-    known = flatten(default_config())
-    flat = flatten(config)
+    known, flat = _known(), flatten(config)
     _check_keys(flat, known)
-    known |= norm_config.typical()
     for key, value in flat.items():
         if value is not None:  # what a preset decides
             _check_value(key, value, known[key])
@@ -191,7 +197,8 @@ def validate(config: ConfigDict) -> None:
     for key in ("train.accumulate", "train.keep", "data.batch_size"):
         if flat[key] < 1:
             raise UserError(f"{key}={flat[key]} must be at least 1")
-    for key in ("duration", "log_every", "eval_every", "checkpoint_every"):
+    periods = ("duration", "log_every", "eval_every", "checkpoint_every")
+    for key in periods[:-1] if config.train.checkpoint_every == NEVER else periods:
         optim.parse_duration(f"train.{key}", config.train[key], positive=True)
     optim.validate(config.optim)
 
@@ -307,8 +314,7 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
             f"this run was written with config schema {resolved.get('schema')}, the program has "
             f"{SCHEMA}; use the version of bnresearch that status.json of the run names"
         )
-    config = default_config()
-    known, given = flatten(config) | norm_config.typical(), flatten(resolved)
+    config, known, given = default_config(), _known(), flatten(resolved)
     for key, value in given.items():
         if key in known:
             value = tuple(value) if isinstance(value, list) else value

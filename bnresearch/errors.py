@@ -11,6 +11,10 @@ class UserError(ValueError):
     """The input was wrong. The message says what was given, why not, and what to do (exit 2)."""
 
 
+class InUse(UserError):
+    """Another process is at this run folder now; later it will not be."""
+
+
 class Diverged(Exception):
     """The loss or a statistic is no longer finite (exit 3)."""
 
@@ -25,6 +29,26 @@ class Stopped(Exception):
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}, state saved: run the same command to go on")
         self.step = step
+
+
+class SweepStopped(Stopped):
+    """A sweep was asked to stop; its runs have saved their states (exit 75)."""
+
+    def __init__(self, left: int):
+        Exception.__init__(
+            self, f"stopped with {left} runs to go, states saved: run the same command to go on"
+        )
+        self.step = 0
+
+
+class RunsFailed(Exception):
+    """A sweep came to its end, but some of its runs did not (exit 1)."""
+
+    def __init__(self, failed: Mapping[str, str]):
+        lines = [f"  {name}: {reason}" for name, reason in failed.items()]
+        super().__init__(
+            f"{len(failed)} runs failed; the same command tries them again:\n" + "\n".join(lines)
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -47,7 +47,7 @@ def evaluate_run(workdir: str | Path, stats: str, split: str) -> dict[str, Any]:
     if not checkpoints.steps():
         raise UserError(
             f"{workdir} has no checkpoint yet; wait for the first one, or train it with "
-            "`python -m bnresearch train`"
+            "`python -m bnresearch train` (with train.checkpoint_every=never it gets none)"
         )
     experiment = prepare(config)
     try:

@@ -14,7 +14,7 @@ from bnresearch import data, optim
 from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
 from bnresearch.models import MODELS, check_arm
-from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices
+from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices, placed
 from bnresearch.state import INIT, State, stream
 from bnresearch.step import (
     build_model,
@@ -257,7 +257,7 @@ def evaluator(experiment: Experiment, use: str) -> Callable[[State, str], dict[s
     step, whole = program.eval_steps[use], NamedSharding(mesh, PartitionSpec())
 
     def evaluate(state: State, split: str) -> dict[str, float]:
-        params, batch_stats = jax.device_put((state.params, state.batch_stats), whole)
+        params, batch_stats = placed((state.params, state.batch_stats), whole)
         put = program.feeders.setdefault(split, Feeder(lambda x: jax.device_put(x, whole)))
         sums = None
         for index in range(dataset.eval_steps(split)):

@@ -1,11 +1,11 @@
 """Initialisers that redraw or rescale what a model starts from.
 
 A model comes with its own start: He et al. (2015) for hidden layers, zeros for biases. What is here
-changes kernels and nothing else, and only before the first step.
+changes it, and only before the first step: kernels, and for ``matched`` the biases behind them.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnresearch.errors import UserError
+from bnresearch.layers import Norm
 from bnresearch.models.blocks import in_head
+from bnresearch.norm import NORMS
 
 Tree = Any
 
@@ -158,21 +160,165 @@ def _pass(
     }
 
 
+class Matched(NamedTuple):
+    """What `matched` gives back.
+
+    Attributes:
+      params: with kernels rescaled and biases set.
+      mean, std: of each feature that comes to a site, by the path of the site, in the order of
+        execution, with the given kernels and everything before normalised.
+    """
+
+    params: Tree
+    mean: dict[str, jax.Array]
+    std: dict[str, jax.Array]
+
+
+def matched(apply: Callable[..., Any], params: Tree, *inputs: Any) -> Matched:
+    """The start that BatchNorm would give this net, for sites of kind "none" (Salimans & Kingma).
+
+        kernel[..., c] <- scale_c * kernel[..., c] / s_c,    bias_c <- -scale_c * m_c / s_c
+
+    with m_c and s_c = sqrt(v_c + 1e-5) the mean and standard deviation, over the first batch and
+    all positions, of what feature c of the linear layer in front of a site puts out, layer after
+    layer. On that batch the net is then the function that its twin with ``norm.kind=batch`` (same
+    seed, training mode) starts as: a comparison with and without BatchNorm does not also compare
+    two initialisations. Kernels are those of every other arm up to the length of each feature.
+    scale_c is 1; with zero_gamma it is 0 at the end of a branch, and the kernel with it: branches
+    begin to learn as in Fixup.
+
+    Only for ``placement=before_act``, where a linear layer leads straight to each site, and the
+    kind "none" is its bias. What follows an activation, or reads a residual trunk (ResNet v2),
+    cannot be normalised by any change of one layer. A net without norms has no need of the other
+    placement: it is the same net under both.
+
+    Args:
+      apply: ``apply(params, *inputs)`` runs the model on a batch, with every site in training mode.
+        It is compiled once per function, so pass the same one again.
+      params: of the model; biases of sites of kind "none" are not looked at.
+      inputs: of apply; arrays.
+
+    Raises:
+      UserError: a site of kind "none" that does not directly follow a linear layer; no such site; a
+        feature that is the same everywhere in the batch.
+
+    Citation: Salimans & Kingma (2016), Weight Normalization, NeurIPS, arXiv:1602.07868, section 3.
+    Per feature also: Kraehenbuehl, Doersch, Donahue & Darrell (2016), Data-dependent
+    Initializations of Convolutional Neural Networks, ICLR, arXiv:1511.06856.
+    """
+    new, seen = _match(apply, params, *inputs)
+    moments = {path: (mean, var) for (_, path), (mean, var) in sorted(seen.items())}
+    for path, (_, var) in moments.items():
+        flat = int((var < FLAT).sum())
+        if flat:
+            raise UserError(
+                f"init.name=matched: {flat} of the {var.size} features that come to {path} are the "
+                "same everywhere in the first batch and have no length to be matched; take a "
+                "larger data.batch_size or init.name=he"
+            )
+    means = {path: mean for path, (mean, _) in moments.items()}
+    return Matched(new, means, {path: jnp.sqrt(var + EPS) for path, (_, var) in moments.items()})
+
+
+EPS = NORMS["batch"].options["epsilon"]  # that of the twin
+FLAT = 1e-10  # far below EPS: the rounding of a constant
+
+
+@partial(jax.jit, static_argnums=0)
+def _match(
+    apply: Callable[..., Any], params: Tree, *inputs: Any
+) -> tuple[Tree, dict[tuple[int, str], tuple[jax.Array, jax.Array]]]:
+    """The new parameters, and mean and variance by number and path of the site."""
+    last: list[tuple[jax.Array, tuple[str, ...]]] = []
+    flat = flatten_dict(params)
+    seen: dict[tuple[int, str], tuple[jax.Array, jax.Array]] = {}
+
+    def replace(following: Callable, arguments: Any, keywords: Any, context: Any) -> Any:
+        module = context.module
+        called = context.method_name == "__call__"
+        if called and isinstance(module, Norm) and module.chosen.kind == "none":
+            x = arguments[0]
+            made = [path for y, path in last if y is x]
+            if not made or (*module.path, "bias") not in flat:
+                raise UserError(_not_behind_a_linear_layer(module))
+            mean, var = _moments(x)
+            std = jnp.sqrt(var + EPS)
+            scale = jnp.ones_like(std)
+            if module.scale_init is not None:
+                scale = module.scale_init(jax.random.key(0), std.shape, std.dtype)
+            flat[(*made[0], "kernel")] = flat[(*made[0], "kernel")] * (scale / std)
+            flat[(*module.path, "bias")] = -mean * scale / std
+            seen[len(seen), "/".join(module.path)] = mean, var
+            return ((x - mean) / std * scale).astype(x.dtype)
+        y = following(*arguments, **keywords)
+        if called and isinstance(module, nn.Conv | nn.Dense):
+            last[:] = [(y, module.path)]
+        return y
+
+    with nn.intercept_methods(replace):
+        apply(params, *inputs)
+    if not seen:
+        raise UserError(NOTHING_TO_MATCH)
+    return unflatten_dict(flat), seen
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each feature of ``[batch, ..., features]``, in float32."""
+    x = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return x.mean(0), x.var(0)
+
+
+def check_matched(options: Mapping[str, Any], kinds: Collection[str]) -> None:
+    """Raises UserError where `matched` could only fail: for a model with these options, whose sites
+    have these kinds of norm."""
+    if "none" not in kinds:
+        raise UserError(NOTHING_TO_MATCH)
+    if options.get("placement") == "after_act":
+        raise UserError(
+            "init.name=matched normalises what linear layers put out, but under "
+            "placement=after_act an activation stands between them and the norms; choose "
+            "placement=before_act: without norms it is the same net"
+        )
+    if options.get("version") == "v2":
+        raise UserError(
+            "init.name=matched cannot stand for norms that read a residual trunk, as those of "
+            "model.resnet.version=v2 do; choose version=v1 or init.name=he"
+        )
+
+
+NOTHING_TO_MATCH = (
+    "init.name=matched starts sites of norm.kind=none as batch norm would, but there is none here; "
+    "choose norm.kind=none (or a rule that says so), or init.name=he"
+)
+
+
+def _not_behind_a_linear_layer(module: Norm) -> str:
+    return (
+        f"init.name=matched: the site {'/'.join(module.path)} of kind none does not directly "
+        "follow a linear layer without a bias of its own, so that no kernel and no bias can do its "
+        "work; choose init.name=he, or a model whose norms stand before the activation"
+    )
+
+
 class Init(NamedTuple):
     """A row of INITS.
 
     Attributes:
       draw: ``draw(params, key) -> params``.
-      fit: ``fit(apply, params, *inputs)`` with the parameters that ``draw`` made and a first batch;
-        None where the start does not depend on data.
+      fit: ``fit(apply, params, *inputs).params`` are the parameters that ``draw`` made, fitted to a
+        first batch; None where the start does not depend on data.
+      check: ``check(options, kinds)`` raises UserError for options of a model, or kinds of norm,
+        that it can do nothing with.
     """
 
     draw: Callable[[Tree, jax.Array], Tree]
-    fit: Callable[..., Lsuv] | None = None
+    fit: Callable[..., Lsuv | Matched] | None = None
+    check: Callable[[Mapping[str, Any], Collection[str]], None] | None = None
 
 
 INITS: Mapping[str, Init] = {
     "he": Init(he),
     "orthogonal": Init(orthogonal),
     "lsuv": Init(partial(orthogonal, gain=1.0), lsuv),
+    "matched": Init(he, matched, check_matched),
 }

@@ -331,7 +331,7 @@ def _shown(
         *([] if loss is None else [f"loss {loss:.4g}"]),
         *([] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]),
         *([] if steps_per_second is None else [f"{steps_per_second:.3g} steps/s"]),
-        *([] if left is None else [f"{_clock(left)} left"]),
+        *([] if left is None else [f"{clock(left)} left"]),
     ]
 
 
@@ -339,7 +339,8 @@ def _join(*parts: str) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -177,6 +177,8 @@ def _check_initialiser(config: ConfigDict) -> None:
             f"{', '.join(sorted(useless))} takes lengths away; choose init.name=orthogonal|he, or "
             "another norm"
         )
+    if entry.check is not None:
+        entry.check(config.model[config.model.name], {kind for kind, _ in choices(config)})
 
 
 def _check_accumulation(config: ConfigDict) -> None:

@@ -15,12 +15,13 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bnresearch import provenance
-from bnresearch.errors import UserError
+from bnresearch.errors import InUse, UserError
 
 SCHEMA = 1
 STATUSES = ("running", "done", "diverged", "failed", "stopped")
@@ -63,7 +64,7 @@ class RunFolder:
           status: one of STATUSES.
           step: how many training steps are done.
           message: why, for the statuses that need a reason.
-          extra: further fields, JSON values.
+          extra: further fields, JSON values; "device" stands for that of this process.
         """
         if status not in STATUSES:
             raise ValueError(f"unknown status {status!r}; one of {', '.join(STATUSES)}")
@@ -79,8 +80,9 @@ class RunFolder:
             "command": self._command,
             "commit": provenance.commit(),
             "versions": provenance.versions(),
-            "device": provenance.device(),
         }
+        if "device" not in extra:
+            about["device"] = provenance.device()
         write_json(self.path / "status.json", about | extra)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -114,8 +116,8 @@ def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[s
 
     Raises:
       UserError: the folder cannot be made or written to; it holds something else, or a run of
-        another config (the message lists the differing keys with both values); another process is
-        at it (the message names its pid).
+        another config (the message lists the differing keys with both values).
+      InUse: another process is at it (the message names its pid).
     """
     plain = _plain(config)
     path = _path(workdir)
@@ -352,11 +354,28 @@ def _take_lock(path: Path) -> int:
     except BlockingIOError as error:
         owner = os.pread(lock, 200, 0).decode(errors="replace").split()
         os.close(lock)
-        raise UserError(_in_use(path, owner)) from error
+        raise InUse(_in_use(path, owner)) from error
     except OSError as error:
         os.close(lock)
         raise _unusable(path, error) from error
     return lock
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The lock of a folder that several processes share, held while its files are replaced: the
+    others wait. UserError where the folder cannot be written to."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    _held.add(lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        _held.discard(lock)
+        os.close(lock)
 
 
 def _in_use(path: Path, owner: list[str]) -> str:

@@ -1,12 +1,11 @@
 """The loop: one run from its config to its result."""
 
 import math
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from bnresearch import diverge, norm_config
 from bnresearch.checkpoint import Checkpoints, digest
+from bnresearch.config import NEVER
 from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
 from bnresearch.experiment import (
@@ -28,6 +28,7 @@ from bnresearch.experiment import (
 )
 from bnresearch.metrics import Metrics, check_progress, progress
 from bnresearch.rundir import RunFolder, open_run, read_result, read_status
+from bnresearch.signals import stop_requests
 from bnresearch.state import State, empty_meter
 
 HEARTBEAT_SECONDS = 15.0
@@ -39,6 +40,8 @@ def run(
     *,
     show: str = "auto",
     command: Sequence[str] | None = None,
+    stop: threading.Event | None = None,
+    tensorboard: bool = True,
 ) -> dict[str, Any]:
     """Train a config to its end in ``workdir``, going on from its newest checkpoint.
 
@@ -47,6 +50,8 @@ def run(
       workdir: the run folder; it is made, or continued if it holds the same config.
       show: progress as "bar", "lines" or "off"; "auto" is a bar on a terminal, lines elsewhere.
       command: recorded in status.json; the command line of this process by default.
+      stop: set by the caller to stop the run; by default SIGTERM and Ctrl-C do so.
+      tensorboard: whether to write TensorBoard events beside metrics.jsonl.
 
     Returns:
       The content of result.json; that of a run already done is returned as it stands.
@@ -54,7 +59,7 @@ def run(
     Raises:
       UserError: the config or the workdir is wrong; nothing was written.
       Diverged: the loss, a gradient or a statistic is not finite; recorded in the run folder.
-      Stopped: SIGTERM or Ctrl-C; the state is saved and the same call goes on.
+      Stopped: it was asked to stop; the state is saved and the same call goes on.
     """
     check_progress(show)
     enable_compilation_cache()
@@ -62,11 +67,11 @@ def run(
     try:
         with (
             open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder,
-            stop_requests() as stop,
+            stop_requests() if stop is None else nullcontext(stop) as asked,
         ):
             result = read_result(workdir)
             if result is None:
-                result = _run(experiment, folder, show, stop)
+                result = _run(experiment, folder, show, asked, tensorboard)
             if (read_status(workdir) or {}).get("status") != result["status"]:
                 folder.set_status(result["status"], result["step"], result.get("message"))
             if result["status"] == "diverged":
@@ -85,7 +90,7 @@ def enable_compilation_cache() -> None:
 
 
 def _run(
-    experiment: Experiment, folder: RunFolder, show: str, stop: threading.Event
+    experiment: Experiment, folder: RunFolder, show: str, stop: threading.Event, tensorboard: bool
 ) -> dict[str, Any]:
     """Train with the run's books kept: status, checkpoints, metrics, result."""
     started = time.monotonic()
@@ -96,7 +101,7 @@ def _run(
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):
                 print(f"note: {note}", file=sys.stderr)
-        with Metrics(folder.path, step) as metrics, _progress(show) as bar:
+        with Metrics(folder.path, step, tensorboard) as metrics, _progress(show) as bar:
             loop = Loop(experiment, folder, checkpoints, metrics, bar)
             try:
                 result = loop.finish(loop.train(state, stop))
@@ -143,7 +148,9 @@ class Loop:
         self.metrics, self.bar = metrics, bar
         self.total = self.program.total_steps
         self.every = {
-            name: experiment.steps(f"{name}_every") for name in ("log", "eval", "checkpoint")
+            name: experiment.steps(f"{name}_every")
+            for name in ("log", "eval", "checkpoint")
+            if experiment.config.train[f"{name}_every"] != NEVER
         }
         self.evaluate = evaluator(experiment, "running")
         self.timer = self.beat = time.monotonic()
@@ -258,24 +265,3 @@ class Loop:
 def weight_norm(params: Any) -> jax.Array:
     """The Euclidean norm of all parameters together."""
     return optax.tree.norm(params)
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set. A second signal interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals reach the main thread only
-        return
-
-    def request(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

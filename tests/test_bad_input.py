@@ -85,6 +85,7 @@ OVERRIDES = {
     "train.duration=-1ep": ("train.duration='-1ep'", "'10ep'"),
     "train.duration=0st": ("train.duration='0st'", "longer than nothing"),
     "train.log_every=often": ("train.log_every='often'", "'10ep'"),
+    "train.eval_every=never": ("train.eval_every='never'", "'10ep'"),
     "train.checkpoint_every=0ep": ("train.checkpoint_every='0ep'", "longer than nothing"),
     "optim.schedule.warmup=5": ("optim.schedule.warmup='5'", "'10ep'"),
     "optim.schedule.warmup=3st": ("warmup='3st' (3 steps)", "training (3 steps)", "shorten"),

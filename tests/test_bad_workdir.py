@@ -13,7 +13,7 @@ ONE = "parallel.devices=1"  # where devices do not matter
 
 # What is given -> what the message has to name.
 FLAGS = [
-    (("trian",), ("verb 'trian'", "eval, list, train")),
+    (("trian",), ("verb 'trian'", "eval, list, report, study, train")),
     (("train", f"--config={DIGITS}"), ("--workdir is missing", "--help")),
     (("train", "--workdir=w"), ("--config is missing", "--help")),
     (("train", f"--config={DIGITS}", "--workdir="), ("--workdir is missing",)),

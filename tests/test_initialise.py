@@ -1,4 +1,5 @@
-"""Initialisers: orthogonal kernels, and unit variance layer by layer; alone and by the config."""
+"""Initialisers: orthogonal kernels, unit variance layer by layer, the start of a BatchNorm twin;
+alone and by the config."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,12 @@ IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 
 def start(name, **changed):
     """A model without norms, its parameters at the start, and these by path."""
+    return start_on(IMAGES, name, **changed)
+
+
+def start_on(images, name, **changed):
     model = MODELS[name].module(10, make_norm("none"), **changed)
-    params = jax.jit(lambda x: model.init(jax.random.key(0), x, False))(IMAGES)["params"]
+    params = jax.jit(lambda x: model.init(jax.random.key(0), x, False))(images)["params"]
     return model, params, flatten_dict(params, sep="/")
 
 
@@ -153,3 +158,97 @@ def test_initialisers_of_the_config():
     jax.tree.map(np.testing.assert_array_equal, again, initial_state(prepare(digits(*LSUV))).params)
     other = initial_state(prepare(digits(*LSUV, ("seed", 1)))).params
     assert np.abs(other["dense1"]["kernel"] - again["dense1"]["kernel"]).max() > 0.1
+
+
+MATCHED = [("init.name", "matched")]
+RESNET = [("model.name", "resnet"), ("model.resnet.depth", 8)]
+SMALL = [("model.plain.widths", (6, 8)), ("model.plain.convs", (2, 1))]
+NETS = {
+    "mlp": [("model.name", "mlp"), ("model.mlp.activation", "tanh")],
+    "plain": [("model.name", "plain"), *SMALL],
+    "resnet": [*RESNET, ("model.resnet.shortcut", "projection")],
+    "resnet with zero-gamma": [*RESNET, ("model.resnet.zero_gamma", True)],
+    "half its norms by a rule": [("norm.kind", "batch"), ("norm.rules", ("norm1 -> none",))],
+}
+
+
+def first_logits(config):
+    """The parameters at the start, and the logits of the first batch in training mode."""
+    experiment = prepare(config)
+    state, dataset = initial_state(experiment), experiment.program.dataset
+    image = dataset.train_batch(dataset.feed(0, 0), 0, 0, jnp.arange(100))["image"]
+    given = (state.params, state.batch_stats, image, experiment.numbers)
+    return flatten_dict(state.params, sep="/"), jax.jit(experiment.program.forward)(*given)
+
+
+SLOW = ("resnet", "resnet with zero-gamma")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(changed, marks=[pytest.mark.slow] * (name in SLOW), id=name)
+        for name, changed in NETS.items()
+    ],
+)
+def test_matched_starts_as_the_function_of_its_batch_norm_twin(changed):
+    params, logits = first_logits(digits(*changed, *MATCHED))
+    twin, wanted = first_logits(digits(*changed, ("norm.kind", "batch"), ("norm.rules", ())))
+    assert np.std(wanted) > 0.1
+    np.testing.assert_allclose(logits, wanted, atol=2e-5 * np.abs(wanted).max())
+    for path, kernel in params.items():  # the same draw, up to the length of each feature
+        if path.endswith("kernel") and np.any(kernel):
+            units = [np.reshape(k, (-1, k.shape[-1])) for k in (kernel, twin[path])]
+            a, b = (unit / np.linalg.norm(unit, axis=0) for unit in units)
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_array_equal(params["head/kernel"], twin["head/kernel"])
+
+
+def test_matched_kernels_and_biases_by_hand():
+    x = np.random.default_rng(3).normal(2.0, 3.0, (50, 8, 8, 1)).astype(np.float32)
+    model, params, _ = start_on(x, "mlp", widths=(5, 4))
+    fitted = initialise.matched(lambda p, x: model.apply({"params": p}, x, True), params, x)
+    h = np.asarray(x, np.float64).reshape(50, -1)
+    for layer in (1, 2):
+        h = h @ np.asarray(params[f"dense{layer}"]["kernel"], np.float64)
+        mean, std = h.mean(0), np.sqrt(h.var(0) + 1e-5)
+        wanted = np.asarray(params[f"dense{layer}"]["kernel"]) / std
+        np.testing.assert_allclose(fitted.params[f"dense{layer}"]["kernel"], wanted, rtol=1e-5)
+        np.testing.assert_allclose(fitted.params[f"norm{layer}"]["bias"], -mean / std, atol=1e-5)
+        np.testing.assert_allclose(fitted.std[f"norm{layer}"], std, rtol=1e-5)
+        np.testing.assert_allclose(fitted.mean[f"norm{layer}"], mean, rtol=1e-4, atol=1e-5)
+        h = np.maximum((h - mean) / std, 0)
+    assert list(fitted.std) == ["norm1", "norm2"]
+    np.testing.assert_array_equal(fitted.params["head"]["kernel"], params["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([("norm.kind", "batch")], "starts sites of norm.kind=none.*none here"),
+        ([("model.mlp.placement", "after_act")], "an activation stands between.*before_act"),
+        ([("model.name", "resnet"), ("model.resnet.version", "v2")], "read a residual trunk.*v1"),
+        ([("model.name", "fixup")], "init.name=matched would replace the start"),
+        ([("norm.weights", "weight_norm")], "weight_norm takes lengths away"),
+    ],
+)
+def test_matched_refuses_before_anything_is_compiled(changed, message):
+    with pytest.raises(UserError, match=message):
+        prepare(digits(*MATCHED, *changed))
+
+
+def test_matched_refuses_what_it_only_sees_in_the_net():
+    with pytest.raises(UserError, match=r"stage2/block1/norm1 .* directly follow a linear"):
+        match_flat("resnet", depth=8, version="v2")
+    with pytest.raises(UserError, match="there is none here"):
+        match_flat("skipinit", depth=8)
+    with pytest.raises(UserError, match=r"8 of the 8 features that come to norm1 are the same"):
+        match_flat("mlp", widths=(8,))
+
+
+def match_flat(name, **changed):
+    """`matched` for a model whose kernels are 0."""
+    model = MODELS[name].module(10, make_norm("none"), **changed)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), IMAGES)["params"]
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    return initialise.matched(lambda p, x: model.apply({"params": p}, x, True), params, IMAGES)

@@ -15,6 +15,8 @@ from run_tools import DIGITS, EVERY, ROOT, SHORT, STEPS, command, metrics, read,
 
 from bnresearch import __main__ as cli
 from bnresearch import config as configs
+from bnresearch.errors import Stopped, UserError
+from bnresearch.evaluate import evaluate_run
 from bnresearch.train import run
 
 DEADLINE = 60  # seconds that any one process may take
@@ -273,3 +275,39 @@ def test_the_metrics_have_a_record_wherever_one_is_due(untouched):
 def test_the_newest_checkpoints_are_kept(untouched):
     kept = sorted(int(path.name) for path in (untouched / "checkpoints").iterdir())
     assert kept == [STEPS - EVERY, STEPS]
+
+
+# ---- Without checkpoints, and stopped by the caller
+
+
+class After:
+    """An event that is set when it has been looked at so many times."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def is_set(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_run_that_never_saves_is_saved_where_it_is_stopped(untouched, tmp_path):
+    config = configs.load(DIGITS, [*SHORT, "train.checkpoint_every=never"])
+    with pytest.raises(Stopped) as stopped:
+        run(config, tmp_path / "run", show="off", stop=After(10), tensorboard=False)
+    step = stopped.value.step
+    assert 0 < step < STEPS
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(step)]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    result = run(config, tmp_path / "run", show="off", tensorboard=False)
+    assert result["digest"] == read(untouched / "result.json")["digest"]
+    assert metrics(tmp_path / "run") == metrics(untouched)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(step)]
+
+
+def test_a_run_that_never_saves_leaves_no_checkpoint(untouched, tmp_path):
+    result = in_process(tmp_path / "run", "train.checkpoint_every=never")
+    assert result["digest"] == read(untouched / "result.json")["digest"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(UserError, match="checkpoint_every=never it gets none"):
+        evaluate_run(tmp_path / "run", "running", "test")

@@ -258,7 +258,7 @@ def test_an_unknown_display_is_refused():
     ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (90061, "25:01:01")]
 )
 def test_time_left(seconds, text):
-    assert metrics._clock(seconds) == text
+    assert metrics.clock(seconds) == text
 
 
 def test_progress_that_does_not_advance_has_no_rate(clock):

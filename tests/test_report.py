@@ -1,5 +1,7 @@
-"""The report: numbers against hand-worked ones, and a page made from run folders alone."""
+"""The report: what its pages say, that they hold together, and what they are refused for."""
 
+import csv
+import html
 import json
 import math
 import re
@@ -7,262 +9,339 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from study_tools import made_up_verdict, make_study
 
-from bnresearch import report, verdict
-from bnresearch.verdict import Interval
+from bnresearch import records, report, rundir
+from bnresearch.claims import Difference, Equivalence, final, largest_usable, steps_to
+from bnresearch.errors import UserError
+from bnresearch.report import page
 
-PAGE = {
-    "question": "Does BatchNorm help?",
-    "treatment": "batch",
-    "control": "none",
-    "command": "scripts/quickstart.sh --seeds=3",
-    "seconds": 12.3,
+RATE = {"values": [0.1, 0.3, 1.0], "keys": ["optim.learning_rate"], "log": True, "label": "rate η"}
+CLAIMS = [
+    Difference(
+        treatment="batch", control="none", measure="accuracy", sesoi=0.5, text="BN is ahead"
+    ),
+    Equivalence(treatment="batch", control="none", measure="accuracy", margin=9, text="the same"),
+    Difference(treatment="none", control="batch", measure="accuracy", text="none is ahead"),
+]
+ARMS = {
+    "batch": {"label": "BatchNorm", "overrides": {"norm.kind": "batch"}},
+    "none": {"label": "no norm", "overrides": {"norm.kind": "none", "init.name": "matched"}},
 }
 
 
-def fake_run(folder, arm, rate, seed, test=None, validation=None, status="done"):
-    """A run folder as a run leaves it; accuracies in percent."""
-    run = folder / f"{arm}-lr{rate:g}-seed{seed}"
-    run.mkdir(parents=True)
-    config = {
-        "seed": seed,
-        "norm": {"kind": arm},
-        "optim": {"learning_rate": rate},
-        "data": {"name": "digits"},
-        "model": {"name": "mlp"},
+def accuracy(arm, point, seed):
+    """Best at the highest rate with norm, in the middle without; both sides scatter alike."""
+    better = {"batch": {0.1: 0.90, 0.3: 0.93, 1.0: 0.95}, "none": {0.1: 0.85, 0.3: 0.87, 1.0: 0.8}}
+    return better[arm][point["rate"]] + 0.01 * math.sin(9 * seed) + 0.002 * math.cos(5 * seed)
+
+
+def status(arm, point, seed):
+    if (arm, point["rate"]) == ("none", 1.0):
+        return "diverged" if seed % 2 else "done"
+    return "torn result" if (arm, point["rate"], seed) == ("batch", 0.1, 0) else "done"
+
+
+def decided(folder):
+    """Decides the claims of a study as the study command does."""
+    definition = json.loads((folder / "study.json").read_text())
+    verdicts = [verdict.to_json() for verdict in records.conclude(records.load_study(folder))]
+    definition["verdicts"] = rundir.finite(verdicts)
+    (folder / "study.json").write_text(json.dumps(definition))
+    return records.load_study(folder)
+
+
+def site(folder, *results):
+    return report.write(list(results) or [records.load_study(folder)], folder / "report")
+
+
+def words_of(path):
+    """The text of a page as one line."""
+    text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", path.read_text(), flags=re.S)
+    return " ".join(html.unescape(text).split())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Ten seeds, three rates of which each arm has its best; one damaged and five diverged runs."""
+    folder = tmp_path_factory.mktemp("report") / "study"
+    measures = {
+        "accuracy": final("accuracy"),
+        "steps": steps_to(0.9, "accuracy"),
+        "usable": largest_usable("rate", 0.84),
     }
-    state = {
-        "status": status,
-        "step": 20,
-        "started": "2026-01-02T03:04:05+00:00",
-        "commit": "0123abc",
-        "versions": {"jax": "0.10.2", "python": "3.11.7"},
-        "device": {"kind": "cpu", "count": 1},
-    }
-    (run / "config.json").write_text(json.dumps(config))
-    (run / "status.json").write_text(json.dumps(state))
-    rows = []
-    for step in (10, 20):
-        row = {"step": step, "epoch": step / 10}
-        rows.append({**row, "split": "train", "loss": 2.0 / step + 0.01 * seed})
-        rows.append({**row, "split": "validation", "loss": 1.0, "accuracy": step / 20 * 0.9})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = {"schema": 1, "status": status, "step": 20}
-    if status == "done":
-        scores = {"validation": test if validation is None else validation, "test": test}
-        result["metrics"] = {k: {"accuracy": v / 100, "count": 100} for k, v in scores.items()}
-        result["seconds"] = 1.5
-    if status in ("done", "diverged"):
-        (run / "result.json").write_text(json.dumps(result))
-    return run
+    tune = {"axis": "rate", "measure": final("accuracy", "validation")}
+    options = {"measures": measures, "tune": tune, "claims": CLAIMS, "question": "Does BN help?"}
+    make_study(folder, ARMS, {"rate": RATE}, 10, accuracy=accuracy, status=status, **options)
+    return decided(folder)
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Two arms, two rates, three seeds; without norm, one run diverges and one is unfinished."""
-    for seed, (slow, fast) in enumerate([(90, 97), (91, 98), (92, 99)]):
-        fake_run(tmp_path, "batch", 0.1, seed, test=slow, validation=99)
-        fake_run(tmp_path, "batch", 1.0, seed, test=fast, validation=95)
-    for seed, accuracy in enumerate([88, 90, 89]):
-        fake_run(tmp_path, "none", 0.1, seed, test=accuracy)
-    fake_run(tmp_path, "none", 1.0, 0, test=60, validation=100)
-    fake_run(tmp_path, "none", 1.0, 1, status="diverged")
-    fake_run(tmp_path, "none", 1.0, 2, status="running")
-    return tmp_path
+@pytest.fixture(scope="module")
+def front(study):
+    return site(study.folder, study)
 
 
-@pytest.fixture
-def table(runs):
-    return verdict.cells(verdict.collect(runs))
+@pytest.fixture(scope="module")
+def home(front):
+    return front.parent / "made_up"
 
 
-def cell(table, arm, rate):
-    return next(c for c in table if (c.arm, c.rate) == (arm, rate))
+# ---- What a reader sees
 
 
-def test_interval_of_five_numbers_is_the_tabulated_one():
-    # mean 3, s = sqrt(2.5), t(0.975; 4) = 2.776445 from the tables: 3 +- 2.776445 * sqrt(2.5 / 5)
-    mean, low, high, n = verdict.interval([1, 2, 3, 4, 5])
-    half = 2.776445 * math.sqrt(0.5)
-    np.testing.assert_allclose([mean, low, high], [3, 3 - half, 3 + half], rtol=1e-6)
-    assert n == 5
+def test_the_front_page_has_question_verdict_effect_and_n(front):
+    text = words_of(front)
+    assert "Does BN help?" in text
+    for part in ("✓ 2 supported", "✗ 1 refuted", "BN is ahead", "n = 10", "95 % interval"):
+        assert part in text, part
+    # 95 % against 87 %, with the same scatter on both sides: the effect is 8 points.
+    assert "+8.00 points" in text
 
 
-def test_interval_of_equal_numbers_has_no_width():
-    assert verdict.interval([10.0] * 5) == Interval(10, 10, 10, 5)
+def test_the_verdict_comes_first_on_a_study_page(home):
+    text = words_of(home / "index.html")
+    places = [text.index(part) for part in ("Does BN help?", "✓ supported BN is ahead", "Arms")]
+    assert places == sorted(places)
+    assert text.index("Does BN help?", 20) < 200
 
 
-def test_one_value_has_a_mean_and_no_interval():
-    mean, low, high, n = verdict.interval([7])
-    assert (mean, n) == (7, 1)
-    assert math.isnan(low)
-    assert math.isnan(high)
+def test_a_card_says_how_sure_it_is(study):
+    first, second, third = page.cards(study)
+    verdicts = study.definition["verdicts"]
+    assert [card.verdict for card in (first, second, third)] == [v["verdict"] for v in verdicts]
+    assert first.verdict == "supported"
+    assert third.verdict == "refuted"
+    facts = dict(first.facts)
+    assert facts["seeds, n"] == "10"
+    # All ten differences have the same sign: 2 / 2**10. The claim of equivalence has a smaller p,
+    # so that Holm's factor for this one is 2.
+    assert facts["by luck alone, p"] == "0.002; 0.004 after correction for 3 claims (Holm)"
+    assert facts["chosen rate η"] == "BatchNorm: 1, no norm: 0.3"
+    assert first.warnings == [
+        "BatchNorm: the chosen rate η 1 is the highest that was tried; there may be a better one "
+        "beyond."
+    ]
 
 
-def test_no_value_has_nothing():
-    assert math.isnan(verdict.interval([]).mean)
-    assert verdict.interval([]).n == 0
+def test_an_inconclusive_card_says_what_would_have_been_enough(tmp_path):
+    verdicts = [
+        made_up_verdict(CLAIMS[0], "inconclusive", n_needed=33.2, missing={"diverged": 2}),
+        made_up_verdict(CLAIMS[0], "inconclusive", n_needed=None),
+        made_up_verdict(CLAIMS[0], "inconclusive", estimate=math.nan, low=math.nan, n=1),
+    ]
+    make_study(tmp_path, claims=[CLAIMS[0]] * 3, verdicts=verdicts)
+    cards = page.cards(records.load_study(tmp_path))
+    enough = [dict(card.facts)["enough would have been"] for card in cards]
+    assert enough[0] == "about 34 seeds, if the effect is as it looks here"
+    assert enough[1] == "more seeds than can be worked out from these"
+    assert cards[0].warnings == ["Left out for want of a value: 2 diverged."]
+    assert (cards[2].effect, cards[2].strip) == ("no number", None)
+    assert "no number" in words_of(site(tmp_path))
 
 
-def test_interval_covers_the_true_mean_in_95_percent_of_samples():
-    rng = np.random.default_rng(0)
-    hits = [x.low < 2 < x.high for x in map(verdict.interval, rng.normal(2, 3, (4000, 5)))]
-    assert abs(np.mean(hits) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
-
-
-def test_collect_sorts_and_reads_every_run(runs):
-    records = verdict.collect(runs)
-    keys = [(r.arm, r.rate, r.seed) for r in records]
-    assert len(records) == 12
-    assert keys == sorted(keys)
-    assert records[0].accuracy("test") == pytest.approx(90)
-    assert records[0].curve("validation", "accuracy") == {10: 0.45, 20: 0.9}
-
-
-def test_folders_that_are_no_runs_are_passed_over(runs):
-    (runs / "report").mkdir()
-    (runs / "notes.txt").write_text("hello")
-    assert len(verdict.collect(runs)) == 12
-
-
-def test_torn_last_line_of_metrics_is_left_out(tmp_path):
-    run = fake_run(tmp_path, "batch", 0.1, 0, test=90)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 30, "spl')
-    assert list(verdict.read(run).curve("train", "loss")) == [10, 20]
-
-
-def test_diverged_and_unfinished_runs_are_counted_and_not_averaged(table):
-    broken = cell(table, "none", 1.0)
-    assert (len(broken.done), broken.diverged, broken.unfinished) == (1, 1, 1)
-    assert broken.accuracy("test").mean == pytest.approx(60)
-    assert broken.accuracy("test").n == 1
-
-
-def test_best_rate_is_chosen_on_validation_not_on_test(table):
-    assert cell(table, "batch", 1.0).accuracy("test").mean > 97
-    assert verdict.best(table, "batch").rate == 0.1
-
-
-def test_rate_with_fewer_diverged_runs_is_better_whatever_its_accuracy(table):
-    assert cell(table, "none", 1.0).accuracy("validation").mean > 99
-    assert verdict.best(table, "none").rate == 0.1
-
-
-def test_best_rate_at_the_end_of_its_range_is_said_to_be(table):
-    assert verdict.edge(table, verdict.best(table, "batch")) == "the lowest tried"
-    assert verdict.edge(table, cell(table, "batch", 1.0)) == "the highest tried"
-    assert verdict.edge([cell(table, "batch", 1.0)], cell(table, "batch", 1.0)) == ""
-
-
-def test_best_of_an_arm_that_never_finished_is_none(tmp_path):
-    fake_run(tmp_path, "none", 0.1, 0, status="diverged")
-    assert verdict.best(verdict.cells(verdict.collect(tmp_path)), "none") is None
-
-
-def test_difference_is_paired_by_seed(table):
-    # 90-88, 91-90, 92-89 = 2, 1, 3: mean 2, s = 1, t(0.975; 2) = 4.302653
-    gap = verdict.compare(table, "batch", "none").at_best
-    half = 4.302653 / math.sqrt(3)
-    np.testing.assert_allclose(gap[:3], [2, 2 - half, 2 + half], rtol=1e-6)
-    assert gap.n == 3
-
-
-def test_difference_uses_only_seeds_that_finished_in_both(table):
-    gaps = verdict.compare(table, "batch", "none").at_same
-    assert list(gaps) == [0.1, 1.0]
-    assert gaps[1.0].n == 1
-    assert gaps[1.0].mean == pytest.approx(97 - 60)
-
-
-@pytest.mark.parametrize(
-    ("treatment", "control", "words"),
-    [
-        ([95, 96, 97], [90, 91, 92.5], "Yes: BatchNorm raises"),
-        ([90, 91, 92.5], [95, 96, 97], "No: BatchNorm lowers"),
-        ([90, 95, 91], [91, 92, 93], "Undecided: these seeds do not show that BatchNorm changes"),
-        ([90], [91], "No answer: fewer than two seeds"),
-    ],
-)
-def test_answer_follows_from_the_interval(tmp_path, treatment, control, words):
-    for arm, values in (("batch", treatment), ("none", control)):
-        for seed, value in enumerate(values):
-            fake_run(tmp_path, arm, 0.1, seed, test=value)
-    table = verdict.cells(verdict.collect(tmp_path))
-    assert verdict.answer(verdict.compare(table, "batch", "none")).startswith(words)
-
-
-def test_answer_names_difference_interval_and_n(table):
-    text = verdict.answer(verdict.compare(table, "batch", "none"))
-    assert "no norm, each at its best learning rate: +2.00 points" in text
-    assert "(95 % interval -0.48 to 4.48, 3 seeds, paired)" in text
-    assert text.endswith("; 1 of 6 no norm runs diverged.")
-    assert "+37" not in text, "a difference of one single pair"
-
-
-def test_page_says_what_a_reader_has_to_know(runs, tmp_path):
-    out = tmp_path / "report"
-    page = report.write(out, verdict.collect(runs), **PAGE)
-    text = page.read_text()
-    assert page == out / "index.html"
-    for needed in (
-        "Does BatchNorm help?",
-        "scripts/quickstart.sh --seeds=3",
-        "12.3 s",
-        "95 % interval",
-        "n&nbsp;=&nbsp;3",
-        "0123abc",
+def test_what_produced_a_page_stands_on_it(home):
+    text = words_of(home / "index.html")
+    for part in (
+        "0123abc0123abc",
         "jax 0.10.2",
         "kind cpu",
-        "2026-01-02",
-        "digits",
-        "10 of 12",
-        "1 diverged, 1&nbsp;unfinished",
-        "100 validation, 100 test",
+        "python -m bnresearch study configs/studies/made_up.py",
+        "2026-01-02 03:04 UTC",
+        "10 min 0 s",
+        "norm.kind=none init.name=matched",
+        "scale: quick",
     ):
-        assert needed in text, needed
+        assert part in text, part
 
 
-def test_page_needs_no_network_and_names_no_machine_path(runs, tmp_path):
-    out = tmp_path / "report"
-    text = report.write(out, verdict.collect(runs), **PAGE).read_text()
-    assert str(tmp_path) not in text
-    assert not re.search(r"https?://|//[a-z]|<script|@import", text)
-    pictures = re.findall(r'src="([^"]+)"', text)
-    assert sorted(pictures) == sorted(p.name for p in out.glob("*.png"))
-    for picture in pictures:
-        with Image.open(out / picture) as image:
-            assert image.width >= 1200
-            assert np.ptp(np.asarray(image.convert("L"))) > 200, "an empty picture"
+def test_damaged_runs_are_named_and_counted(study, home):
+    text = words_of(home / "index.html")
+    (run,) = study.damaged
+    assert "1 run folder is damaged and left out of all numbers" in text
+    assert f"{run} : result.json is not JSON" in text
+    assert "60: 54 done, 5 diverged, 1 damaged" in text
 
 
-def test_page_escapes_what_it_is_given(runs, tmp_path):
-    text = report.write(tmp_path / "report", verdict.collect(runs), **PAGE | {"command": "<b>&"})
-    assert "&lt;b&gt;&amp;" in text.read_text()
+def test_a_smoke_study_gives_no_verdict(tmp_path):
+    make_study(tmp_path, claims=CLAIMS[:1], scale="smoke", may_conclude=False)
+    front = site(tmp_path)
+    for path in (front, front.parent / "made_up" / "index.html"):
+        text = words_of(path)
+        assert "No verdict: this is the scale “smoke”" in text
+        assert "supported " not in text.split("How to read this page")[0]
+    assert "not decided BN is ahead" in text
 
 
-def test_page_of_nothing_but_diverged_runs(tmp_path):
-    for arm in ("batch", "none"):
-        fake_run(tmp_path, arm, 0.1, 0, status="diverged")
-    text = report.write(tmp_path / "report", verdict.collect(tmp_path), **PAGE).read_text()
-    assert "No answer" in text
-    assert "0 of 2" in text
+def test_an_unfinished_study_says_how_far_it_is(tmp_path):
+    make_study(
+        tmp_path,
+        claims=CLAIMS[:1],
+        status=lambda arm, point, seed: "missing" if seed else "done",
+    )
+    assert "No verdict yet: 2 of 6 runs have ended." in words_of(site(tmp_path))
 
 
-def test_curve_is_the_mean_over_seeds_with_its_band(table):
-    figure = report.curve_figure(table, "train", "loss", "training loss")
-    line = figure.axes[0].lines[0]
-    np.testing.assert_allclose(line.get_xdata(), [1, 2])
-    # losses 2 / step + 0.01 * seed over seeds 0, 1, 2, averaged as logarithms
-    logs = np.log([0.20, 0.21, 0.22])
-    np.testing.assert_allclose(line.get_ydata()[0], math.exp(logs.mean()))
-    top = math.exp(logs.mean() + 4.302653 * logs.std(ddof=1) / math.sqrt(3))
-    band = figure.axes[0].collections[0].get_paths()[0].vertices
-    assert band[:, 1].max() == pytest.approx(top, rel=1e-6)
+# ---- What a site holds
 
 
-def test_rate_figure_counts_the_diverged(table):
-    figure = report.rate_figure(table)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no norm: 1 of 3 diverged"]
-    assert figure.axes[0].get_xlabel() == "learning rate"
-    assert figure.axes[0].get_ylabel() == "test accuracy (%)"
+def test_every_link_leads_somewhere(front, home):
+    for path in (front, home / "index.html"):
+        links = re.findall(r'(?:href|src)="([^"#]+)', path.read_text())
+        assert len(links) > 2
+        gone = [link for link in links if not (path.parent / link).exists()]
+        assert [link for link in gone if not link.startswith("data:")] == []
+
+
+def test_nothing_points_to_a_network(front, home):
+    for path in (front, home / "index.html", home / "data.js", front.parent / "assets/site.css"):
+        assert not re.search(r"(https?:)?//[a-z]", path.read_text()), path
+
+
+def test_every_picture_is_there_for_paper(home):
+    names = set(re.findall(r'data-picture="([^"]+)"', (home / "index.html").read_text()))
+    assert {"effects", "same_and_best", "accuracy_by_arm", "accuracy_by_rate", "tuning_by_rate",
+            "usable_by_arm", "diverged_by_rate", "train_loss", "validation_accuracy",
+            } <= names  # fmt: skip
+    for name in names:
+        with Image.open(home / f"figures/{name}.png") as image:
+            assert image.width == 1400
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20  # not blank
+        assert (home / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_data_for_the_plots_is_json_with_every_panel(home):
+    plots, runs = re.fullmatch(
+        r"const PLOTS = (.*);\nconst RUNS = (.*);\n", (home / "data.js").read_text(), flags=re.S
+    ).groups()
+    plots, runs = json.loads(plots), json.loads(runs)
+    text = (home / "index.html").read_text()
+    wanted = re.findall(r'data-picture="([^"]+)" data-panel="(\d+)"', text)
+    assert [(name, str(i)) for name in plots for i in range(len(plots[name]))] == wanted
+    assert len(runs["rows"]) == 60
+    assert runs["columns"][:4] == ["arm", "rate η", "seed", "status"]
+
+
+def test_configs_are_those_of_the_runs(study, home):
+    run = next(run for run in study.records if run.config)
+    assert json.loads((home / f"configs/{run.id}.json").read_text()) == run.config
+    assert len(list((home / "configs").iterdir())) == 59  # all but the damaged one
+
+
+def test_tables_hold_the_numbers(home):
+    def rows(name):
+        with (home / "tables" / name).open() as file:
+            return list(csv.DictReader(file))
+
+    assert len(rows("runs.csv")) == 60
+    means = {(row["arm"], row["rate"]): row for row in rows("means_accuracy.csv")}
+    values = [100 * accuracy("batch", {"rate": 1.0}, seed) for seed in range(10)]
+    best = means["batch", "1.0"]
+    assert float(best["mean"]) == pytest.approx(np.mean(values))
+    half = 2.262157 * np.std(values, ddof=1) / math.sqrt(10)  # t(0.975; 9)
+    assert float(best["high"]) - float(best["mean"]) == pytest.approx(half, rel=1e-6)
+    assert means["none", "1.0"]["diverged"] == "5"
+    assert next(row["verdict"] for row in rows("verdicts.csv")) == "supported"
+    assert len(rows("curves_validation_accuracy.csv")) > 200
+    assert {row["chosen"] for row in rows("tuning.csv")} == {"True", "False"}
+
+
+def test_one_site_for_several_studies(tmp_path):
+    for name in ("a", "b"):
+        make_study(tmp_path / name, seeds=1, name="same", question=f"Question {name}?")
+    results = [records.load_study(path) for path in records.find_studies(tmp_path)]
+    front = report.write(results, tmp_path / "site")
+    assert "2 studies" in words_of(front)
+    for folder, question in (("same", "Question a?"), ("same-2", "Question b?")):
+        assert question in words_of(tmp_path / "site" / folder / "index.html")
+    assert json.loads((tmp_path / "site/site.json").read_text())["studies"].keys() == {
+        "same",
+        "same-2",
+    }
+
+
+# ---- Odd studies
+
+ODD = {
+    "no run": {"status": lambda arm, point, seed: "missing"},
+    "all diverged": {"status": lambda arm, point, seed: "diverged", "axes": {"rate": RATE}},
+    "one arm": {"arms": ("batch",), "seeds": 1},
+    "one seed": {"seeds": 1, "axes": {"rate": RATE}},
+    "words on the axis": {"axes": {"net": {"values": ["mlp", "conv"], "keys": ["model.name"]}}},
+    "no training": {"function": True},
+    "NaN": {"accuracy": lambda arm, point, seed: math.nan},
+    "damaged only": {"status": lambda arm, point, seed: "no config"},
+    "zeros on a log axis": {"axes": {"rate": {**RATE, "values": [0.0, 0.1]}}},
+}
+
+
+@pytest.mark.parametrize("options", ODD.values(), ids=ODD)
+def test_odd_studies_have_a_page(options, tmp_path):
+    options = {"arms": ("batch", "none"), "axes": None, "seeds": 2, **options}
+    axes = options["axes"] or {}
+    if "rate" in axes:
+        options["tune"] = {"axis": "rate", "measure": final("accuracy", "validation")}
+    make_study(tmp_path, **options)
+    text = words_of(site(tmp_path).parent / "made_up" / "index.html")
+    assert "Does the reader read what was written?" in text
+
+
+def test_names_are_not_taken_for_html(tmp_path):
+    evil = "<script>alert(1)</script> & \"quotes\" 'too'"
+    make_study(
+        tmp_path,
+        {"a": {"label": evil, "overrides": {"norm.kind": "batch"}}, "b": {"norm.kind": evil}},
+        {"x": {"values": [evil, "y"], "keys": ["data.name"], "label": evil}},
+        2,
+        question=evil,
+        prediction=evil,
+        claims=[Difference(treatment="a", control="b", measure="accuracy")],
+        verdicts=[
+            made_up_verdict(
+                Difference(treatment="a", control="b", measure="accuracy"), text=evil, reason=evil
+            )
+        ],
+    )
+    front = site(tmp_path)
+    for path in (front, front.parent / "made_up/index.html"):
+        assert "<script>alert" not in path.read_text()
+        assert evil in words_of(path)
+    plots = (front.parent / "made_up/data.js").read_text().split("const RUNS")[0]
+    assert "<script>alert" not in plots
+
+
+# ---- Where it may be written
+
+
+def test_a_site_is_replaced_whole(tmp_path):
+    make_study(tmp_path, seeds=1)
+    front = site(tmp_path)
+    (front.parent / "left.txt").write_text("over")
+    site(tmp_path)
+    assert not (front.parent / "left.txt").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_no_site_is_kept(tmp_path):
+    make_study(tmp_path, seeds=1)
+    precious = tmp_path / "report" / "notes.txt"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    with pytest.raises(UserError, match=r"report is neither empty nor a report .*--out"):
+        site(tmp_path)
+    assert precious.read_text() == "precious"
+    with pytest.raises(UserError, match="notes.txt is neither empty nor a report"):
+        report.write([records.load_study(tmp_path)], precious)
+
+
+def test_a_site_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    make_study(tmp_path, seeds=1)
+    front = site(tmp_path)
+    before = front.read_text()
+
+    def full(*args, **content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bnresearch.report.site._render", full)
+    with pytest.raises(UserError, match="cannot write the report .*No space left on device"):
+        site(tmp_path)
+    assert front.read_text() == before

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bnresearch import provenance, rundir
-from bnresearch.errors import UserError
+from bnresearch.errors import InUse, UserError
 
 CONFIG = {"seed": 1, "data": {"name": "digits", "shape": (8, 8)}, "optim": {"rate": 0.1}}
 SOURCE = Path(rundir.__file__).parents[1]
@@ -295,12 +296,29 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     owner = start_owner(workdir)
     try:
         before = contents(workdir)
-        with pytest.raises(UserError, match=f"in use by process {owner.pid} on "):
+        with pytest.raises(InUse, match=f"in use by process {owner.pid} on "):
             rundir.open_run(workdir, {"seed": 1}, [])
         assert contents(workdir) == before
     finally:
         kill(owner)
     rundir.open_run(workdir, {"seed": 1}, []).close()
+
+
+def test_holders_of_a_shared_folder_wait_for_each_other(tmp_path):
+    order = []
+
+    def second():
+        with rundir.held(tmp_path):
+            order.append("second")
+
+    with rundir.held(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert os.listdir(tmp_path) == ["lock"]
 
 
 def test_the_same_process_cannot_open_a_folder_twice(tmp_path):

@@ -1,0 +1,277 @@
+"""Where the jobs of a sweep run.
+
+A launcher is a generator: ``launch(queue, order, workers, stop)`` takes jobs from the queue, has
+them carried out, and yields what happens to them as events; it also yields None now and then, so
+that the display moves. It ends when the queue is empty, or soon after ``stop`` is set, each running
+job with a "stopped". Closed early, it ends what it started at once. A job that cannot be carried
+out now goes back to the queue by ``put_off`` or ``give_back``.
+
+To add one: such a function, and a line in LAUNCHERS.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+from bnresearch.sweep.jobs import Event, Job, Order, Queue
+from bnresearch.sweep.worker import LEFT, carry_out, record_failure
+
+TICK_SECONDS = 0.25
+FUTILE_STARTS = 3  # workers in a row that end before they are ready, before the sweep gives up
+
+Events = Generator[Event | None, None, None]
+Launcher = Callable[[Queue, Order, int, threading.Event], Events]
+
+
+def inline(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Events:
+    """One after the other in this process."""
+    last: Job | None = None
+    while len(queue) and not stop.is_set():
+        last = job = queue.take(last)
+        if job is None:
+            stop.wait(TICK_SECONDS)
+            yield None
+            continue
+        yield Event(job.id, "running")
+        event = carry_out(job, order, stop)
+        if event.status == "waiting":
+            queue.put_off(job)
+        yield event
+
+
+# ---- Worker processes
+
+
+def local(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Events:
+    """Worker processes on this machine, each with cores (or a GPU) of its own; one that dies takes
+    only its run along."""
+    count = min(workers or default_workers(), len(queue))
+    pool = [Worker(place) for place in places(count)]
+    futile = 0
+    try:
+        while len(queue) or any(worker.job for worker in pool):
+            if stop.is_set():
+                if not any(worker.job for worker in pool):
+                    return
+                for worker in pool:
+                    worker.ask_to_stop()
+            else:
+                yield from _hand_out(pool, queue, order)
+            ready = wait([worker.connection for worker in pool], TICK_SECONDS)
+            for worker in [worker for worker in pool if worker.connection in ready]:
+                event = worker.receive()
+                if event is None:
+                    pool.remove(worker)
+                    yield from _bury(worker, queue, order, stop)
+                    futile = 0 if worker.ready else futile + 1
+                    if futile >= FUTILE_STARTS:
+                        raise RuntimeError("workers end before they are ready; see what they say")
+                    if len(queue):
+                        pool.append(Worker(worker.place))
+                elif event.status != "ready":
+                    yield from _finished(worker, event, queue, stop)
+            yield None
+    finally:
+        for worker in pool:
+            worker.end()
+            worker.close()
+
+
+def _hand_out(pool: list["Worker"], queue: Queue, order: Order) -> Generator[Event, None, None]:
+    for worker in pool:
+        if worker.job is None:
+            worker.last = worker.job = queue.take(worker.last)
+            if worker.job is not None:
+                worker.give(worker.job, order)
+                yield Event(worker.job.id, "running")
+
+
+def _finished(
+    worker: "Worker", event: Event, queue: Queue, stop: threading.Event
+) -> Generator[Event, None, None]:
+    job, worker.job = worker.job, None
+    assert job is not None
+    if event.status == "stopped" and not stop.is_set():  # somebody stopped the worker
+        event = event._replace(status="waiting")
+    if event.status == "waiting":
+        queue.put_off(job)
+    yield from worker.said()
+    yield event
+
+
+def _bury(
+    worker: "Worker", queue: Queue, order: Order, stop: threading.Event
+) -> Generator[Event, None, None]:
+    """A worker is gone: its job has failed, unless it was never begun or asked to stop."""
+    code = worker.end(patience=0.5)  # its socket closes a moment before it is gone
+    yield from worker.said()
+    worker.close()
+    queue.leave(worker.last)
+    if (job := worker.job) is None:
+        return
+    if stop.is_set():
+        yield Event(job.id, "stopped")
+    elif not worker.ready or code == LEFT:
+        queue.give_back(job)
+        yield Event(job.id, "waiting")
+    else:
+        reason = _explain(code)
+        record_failure(job, order, reason)
+        yield Event(job.id, "failed", reason)
+
+
+class Place(NamedTuple):
+    """What a worker has to itself."""
+
+    cores: tuple[int, ...]
+    environment: Mapping[str, str]
+
+
+class Worker:
+    """A worker process and its socket, in a process group of its own, so that Ctrl-C on a terminal
+    does not reach it and all that it started ends with it."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.job: Job | None = None
+        self.last: Job | None = None  # whose program it has compiled
+        self.ready = False
+        self.connection, theirs = Pipe()
+        self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115  it lives as long as this
+        self._read = 0
+        self._asked = False
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "bnresearch.sweep.worker"),
+                    *(str(theirs.fileno()), ",".join(map(str, place.cores))),
+                ],
+                env={**os.environ, **place.environment, "PYTHONPATH": _python_path()},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                process_group=0,
+            )
+
+    def give(self, job: Job, order: Order) -> None:
+        """Hands it a job; if it has just died, ``receive`` will say so."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send((job, order))
+
+    def receive(self) -> Event | None:
+        """What it has to tell; None if it is gone."""
+        try:
+            event = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        self.ready = True
+        return event
+
+    def ask_to_stop(self) -> None:
+        """It saves its run, tells so and ends."""
+        if not self._asked:
+            self._asked = True
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+    def end(self, patience: float = 0.0) -> int:
+        """Ends it with all that it started, if it does not end by itself; its exit code."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def close(self) -> None:
+        self.connection.close()
+        self._output.close()
+
+    def said(self) -> Generator[Event, None, None]:
+        """What it has written to its output since the last call."""
+        self._output.seek(self._read)
+        text = self._output.read()
+        self._read += len(text)
+        if text.strip():
+            yield Event("", "said", text.decode(errors="replace").rstrip())
+
+
+def _explain(code: int) -> str:
+    if code >= 0:
+        return f"the worker process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"the worker process was ended by {name}{hint}"
+
+
+def _python_path() -> str:
+    """Workers import what this process can import."""
+    return os.pathsep.join(dict.fromkeys(os.path.abspath(path) for path in sys.path))
+
+
+def default_workers() -> int:
+    """One per GPU, else one per core."""
+    return len(gpus()) or len(_cores())
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def places(count: int) -> list[Place]:
+    """An equal share of the cores for each of ``count`` workers, and of the GPUs if there are."""
+    cores, devices = _cores(), gpus()
+    found = []
+    for index in range(count):
+        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count]
+        # XLA divides work by the number of threads, which shows in the last bits: pinned or not, a
+        # run is to have those that it has without workers.
+        environment = {"NPROC": os.environ.get("NPROC", str(len(cores)))}
+        if platforms := _platforms():
+            environment["JAX_PLATFORMS"] = platforms
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
+            if count > len(devices):  # several share one: none may take all of its memory
+                environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        found.append(Place(tuple(own) or (cores[index % len(cores)],), environment))
+    return found
+
+
+def _platforms() -> str:
+    """What jax may use, in the order of preference; "" for all there are."""
+    chosen = sys.modules["jax"].config.jax_platforms if "jax" in sys.modules else None
+    return chosen or os.environ.get("JAX_PLATFORMS", "")
+
+
+def gpus() -> list[str]:
+    """The NVIDIA devices that jax would use, found without jax: asking it would occupy them."""
+    platforms = _platforms()
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return []
+    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    numbers = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return [str(n) for n in sorted(int(match[1]) for match in numbers if match)]
+
+
+LAUNCHERS: dict[str, Launcher] = {"inline": inline, "local": local}
+
+
+def choose(jobs: int) -> str:
+    """The launcher for so many jobs: worker processes where there is work and room for them."""
+    return "local" if jobs > 8 and default_workers() > 1 else "inline"

@@ -1,0 +1,128 @@
+"""Carries out jobs: in this process, or as a worker process that gets them over a socket.
+
+    python -m bnresearch.sweep.worker SOCKET CORES     (started by launchers.py)
+
+A worker that loses its coordinator, or is asked to stop, saves the run it is at and ends.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from bnresearch import rundir
+from bnresearch.errors import Diverged, InUse, Stopped
+from bnresearch.sweep.jobs import Event, Job, Order
+
+LEFT = 75  # exit code of a worker that was asked to end: a job it still has was not begun
+
+
+def carry_out(job: Job, order: Order, stop: threading.Event) -> Event:
+    """Bring a job to its end; whatever goes wrong is recorded in its folder and told."""
+    try:
+        _train(job, order, stop) if job.function is None else _measure(job, order)
+    except Diverged as error:
+        return Event(job.id, "diverged", str(error))
+    except Stopped as error:
+        return Event(job.id, "stopped", str(error))
+    except InUse as error:
+        return Event(job.id, "waiting", str(error))
+    except (Exception, SystemExit) as error:
+        message = f"{type(error).__name__}: {error}"
+        record_failure(job, order, message)
+        return Event(job.id, "failed", message)
+    return Event(job.id, "done")
+
+
+def record_failure(job: Job, order: Order, message: str) -> None:
+    """Write ``failed`` with the reason into the job's folder, unless it says so already."""
+    path = order.folder / job.id
+    # What made the run fail (a full disk) may keep us from writing it down; it is told anyway.
+    with contextlib.suppress(OSError, ValueError):
+        before = rundir.read_status(path) or {}
+        if (before.get("status"), before.get("message")) == ("failed", message):
+            return
+        with rundir.open_run(path, job.resolved, order.command) as folder:
+            # Nobody ran on the devices of this process: looking them up would occupy them.
+            folder.set_status("failed", before.get("step", 0), message, device=None)
+
+
+def _train(job: Job, order: Order, stop: threading.Event) -> None:
+    from bnresearch import config, train
+
+    train.run(
+        config.unresolve(job.resolved),
+        order.folder / job.id,
+        show="off",
+        command=order.command,
+        stop=stop,
+        tensorboard=False,
+    )
+
+
+def _measure(job: Job, order: Order) -> None:
+    """Call the function of a study without training; its numbers are those of the "test" split."""
+    from bnresearch import study
+
+    assert job.function is not None
+    started = time.monotonic()
+    function: Any = study.load(job.function[0]).function
+    with rundir.open_run(order.folder / job.id, job.resolved, order.command) as folder:
+        if rundir.read_result(folder.path) is not None:
+            return
+        folder.set_status("running", 0)
+        values = function(seed=job.resolved["seed"], **job.resolved["arguments"])
+        result = {
+            "schema": rundir.SCHEMA,
+            "status": "done",
+            "step": 0,
+            "metrics": {"test": {name: float(value) for name, value in values.items()}},
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        folder.write_result(result)
+        folder.set_status("done", 0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """A worker process: pinned, then ready, then one job after the other."""
+    socket, cores = int(arguments[0]), [int(core) for core in arguments[1].split(",") if core]
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # before jax is imported, which looks once
+    connection = Connection(socket)
+    inbox: queue.SimpleQueue[tuple[Job, Order] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def end(*signal_and_frame: Any) -> None:
+        stop.set()
+        inbox.put(None)
+
+    def listen() -> None:
+        """In a thread of its own, so that the coordinator's end is noticed while a run goes on."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                inbox.put(connection.recv())
+        end()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=listen, daemon=True).start()
+    from bnresearch import train  # noqa: F401  it takes a while, and jobs need it
+
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(Event("", "ready"))
+        while (given := inbox.get()) is not None and not stop.is_set():
+            event = carry_out(*given, stop)
+            sys.stdout.flush()
+            connection.send(event)
+    # What it did is on disk; jax takes its time to end in good order.
+    os._exit(LEFT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
