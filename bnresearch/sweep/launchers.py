@@ -28,6 +28,8 @@ from bnresearch.sweep.jobs import Event, Job, Order, Queue
 from bnresearch.sweep.worker import LEFT, carry_out, record_failure
 
 TICK_SECONDS = 0.25
+# Not `-m`: the package has imported its worker by then, of which python would warn.
+START = "import sys; from bnresearch.sweep import worker; worker.main(sys.argv[1:])"
 FUTILE_STARTS = 3  # workers in a row that end before they are ready, before the sweep gives up
 
 Events = Generator[Event | None, None, None]
@@ -154,7 +156,7 @@ class Worker:
         with theirs:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "bnresearch.sweep.worker"),
+                    *(sys.executable, "-c", START),
                     *(str(theirs.fileno()), ",".join(map(str, place.cores))),
                 ],
                 env={**os.environ, **place.environment, "PYTHONPATH": _python_path()},

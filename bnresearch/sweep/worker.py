@@ -123,6 +123,3 @@ def main(arguments: Sequence[str]) -> None:
     # What it did is on disk; jax takes its time to end in good order.
     os._exit(LEFT)
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
