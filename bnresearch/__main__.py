@@ -117,8 +117,8 @@ def _study(values: flags.FlagValues, argv: list[str]) -> None:
     )
     table.show(outcome.definition)
     print(f"\nPage: {outcome.page}")
-    if outcome.counts.failed:
-        raise RunsFailed(outcome.counts.failed)
+    if lost := {**outcome.damaged, **outcome.counts.failed}:
+        raise RunsFailed(lost)
 
 
 def _agreed(runs: int) -> bool:
@@ -145,7 +145,7 @@ def _report(values: flags.FlagValues, argv: list[str]) -> None:
     if len(argv) != 1:
         raise UserError(f"report takes one folder, {len(argv)} given; see --help")
     results = [records.load_study(folder) for folder in records.find_studies(argv[0])]
-    out = Path(values.out or Path(argv[0]) / "report").expanduser()
+    out = Path(values.out or Path(argv[0]) / "report")
     print(f"Page: {report.write(results, out)}")
 
 

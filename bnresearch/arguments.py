@@ -8,8 +8,12 @@ from absl import flags
 from bnresearch.errors import UserError
 
 
+def see_help(complaint: str) -> str:
+    return f"{complaint}; see --help"
+
+
 def parse(
-    argv: list[str], values: flags.FlagValues, explain: Callable[[str], str] = str
+    argv: list[str], values: flags.FlagValues, explain: Callable[[str], str] = see_help
 ) -> list[str]:
     """Parse ``argv`` (with the program's name) into ``values``; returns what are no flags.
 

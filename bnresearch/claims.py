@@ -12,8 +12,8 @@ means are geometric, and sesoi, margins and tolerances are factors above 1 (a ma
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, get_args, get_origin
 
 from bnresearch.errors import UserError, lookup
 
@@ -42,6 +42,7 @@ class Measure:
       diverged: the value (after ``factor``) that stands for a run that diverged; None: it has none,
         its pair is lost, and the verdict counts it.
       log: compare by ratios.
+      binary: it is 0 or 1 for each run: as a share, it gets Wilson's interval.
       function: for ``how="function"``: ``function(run: records.Run) -> float``; not part of JSON.
     """
 
@@ -56,7 +57,14 @@ class Measure:
     higher_is_better: bool = True
     diverged: float | None = None
     log: bool = False
+    binary: bool = False
     function: Callable[[Any], float] | None = None
+
+    @property
+    def geometric(self) -> bool:
+        """Whether means of single arms are of logarithms: of ratios, and of losses, which span
+        decades."""
+        return self.log or self.metric == "loss"
 
 
 def _look(metric: str, split: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +145,8 @@ class Difference:
       where: axis values that both sides share: {"batch size": 4}.
       at: for a study that tunes an axis: "best", each side at its value chosen on validation, or a
         value of that axis, which both sides share.
+      strata: an axis all of whose values are taken together: per seed their mean; for iqm, the
+        interquartile mean of the differences at all of them.
       estimator: "mean", or "iqm", the interquartile mean for heavy-tailed runs.
       interval: "t" (Student), "bca" or "percentile" (bootstrap over seeds); iqm takes a bootstrap.
       text: the prediction in words; worked out if empty.
@@ -149,6 +159,7 @@ class Difference:
     sesoi: float = 0.0
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     at: Any = "best"
+    strata: str = ""
     estimator: str = "mean"
     interval: str = "t"
     text: str = ""
@@ -268,6 +279,25 @@ def claim_from_json(plain: Mapping[str, Any]) -> Claim:
 
 def _make(make: Any, plain: Mapping[str, Any]) -> Any:
     try:
-        return make(**plain)
+        made = make(**plain)
     except TypeError as error:
         raise UserError(f"study.json: {error}; was it written by another version?") from error
+    for field in dataclasses.fields(make):
+        if not _is(getattr(made, field.name), field.type):
+            raise UserError(
+                f"study.json: {field.name} of a {make.__name__} is "
+                f"{getattr(made, field.name)!r}; was it changed by hand?"
+            )
+    return made
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field of the classes above."""
+    if kind is Any:
+        return True
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    kind = get_origin(kind) or kind
+    if kind is Sequence and isinstance(value, str):
+        return False
+    return isinstance(value, int | float if kind is float else kind)

@@ -5,11 +5,8 @@ Options that belong to one choice live under that choice's name (``model.resnet.
 that the options of a choice that was not made never make two runs different.
 """
 
-import functools
-import hashlib
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,6 +29,7 @@ from bnresearch import (
 from bnresearch.conventions import momentum_message
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
+from bnresearch.rundir import config_hash as config_hash
 
 # Part of every hash: raised when the meaning of a key or of a default changes.
 SCHEMA = 2
@@ -53,13 +51,7 @@ CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
 
 def default_config() -> ConfigDict:
     """Every key there is, with its default: digits, an MLP with BatchNorm, SGD with momentum."""
-    return pickle.loads(_pickled())
-
-
-@functools.cache
-def _pickled() -> bytes:
-    """The default config: to read it is five times as fast as to make it, and a sweep has many."""
-    return pickle.dumps(ConfigDict(_defaults()))
+    return ConfigDict(_defaults())
 
 
 def _defaults() -> dict[str, Any]:
@@ -151,7 +143,7 @@ def _explain_flag(message: str) -> str:
     match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     default = _known().get(match[1]) if match else None
     if match is None or default is None:
-        return f"{message}; see --help"
+        return arguments.see_help(message)
     return (
         f"{match[1]}={match[2]!r} is no {type(default).__name__}; give a value such as {default!r}"
     )
@@ -170,7 +162,7 @@ def _check_overrides(argv: list[str]) -> None:
         if kind and f"norm.{kind[1]}.decay" in known:
             raise UserError(momentum_message(kind[1], value, has_presets=False))
         if not group:
-            raise _unknown(key, known)
+            raise unknown_key(key, known)
         table, choice = CHOICES.get(key, ({}, ""))
         meant = f"{key}.{choice}={value}" if value in table else f"one of its keys, as {group[0]}"
         raise UserError(f"{key} is a group of keys and takes no value; did you mean {meant}?")
@@ -209,12 +201,13 @@ def validate(config: ConfigDict) -> None:
     for key in periods[:-1] if config.train.checkpoint_every == NEVER else periods:
         optim.parse_duration(f"train.{key}", config.train[key], positive=True)
     optim.validate(config.optim)
+    models.check_arm(config.model.name, config.norm.kind, config.norm.weights, config.init.name)
 
 
 def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            raise _unknown(key, known)
+            raise unknown_key(key, known)
     for key in known:
         if key not in given:
             raise UserError(
@@ -222,8 +215,8 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             )
 
 
-def _unknown(key: str, known: Iterable[str]) -> UserError:
-    """Suggests the nearest keys of the same group, or lists what the group has."""
+def unknown_key(key: str, known: Iterable[str]) -> UserError:
+    """An error that suggests the nearest keys of the same group, or lists what the group has."""
     known, group = list(known), key.rpartition(".")[0]
     while group and not any(name.startswith(f"{group}.") for name in known):
         group = group.rpartition(".")[0]
@@ -329,16 +322,11 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
             _check_type(key, value, known[key])
             _at(config, key.rpartition(".")[0])[key.rpartition(".")[-1]] = value
         elif key != "schema":
-            raise _unknown(key, known)
+            raise unknown_key(key, known)
     for key in flatten(resolve(config)):
         if key not in given:
             raise UserError(f"config.json lacks {key!r}; was it changed by hand? Put the key back")
     return config
-
-
-def config_hash(resolved: Mapping[str, Any]) -> str:
-    """sha256 of the resolved config with sorted keys: the identity of a run."""
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 # Numbers that enter the compiled step as data: a sweep over them compiles once. Where zero means

@@ -6,6 +6,7 @@ They are run here, before ml_collections could wrap the reasons for which they f
 import ast
 import importlib.util
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def read(flag_value: str) -> ConfigDict:
 
 
 def execute(name: str, what: str, listing: str) -> ModuleType:
-    """Runs the Python file ``name``, a ``what``, and returns its module.
+    """Runs the Python file ``name``, a ``what``, and returns its module. It may import helpers that
+    lie beside it.
 
     Raises:
       UserError: no such file (``listing`` is the verb that shows those there are), not Python, or
@@ -54,6 +56,10 @@ def execute(name: str, what: str, listing: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(f"{what} {name!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module of their fields' types
+    beside = os.path.dirname(os.path.abspath(path))
+    if beside not in sys.path:
+        sys.path.append(beside)  # for helpers; last, so that they hide nothing installed
     with failures_explained(name, what):
         spec.loader.exec_module(module)
     return module
@@ -70,7 +76,7 @@ def failures_explained(name: str, what: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(
             f"{what} {name!r} fails{_line(name, error)}: {reason}; correct the file"
-        ) from (error)
+        ) from error
 
 
 def _line(name: str, error: BaseException) -> str:

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+SHOWN = 3  # how many runs a message names that failed for one reason
+
 
 class UserError(ValueError):
     """The input was wrong. The message says what was given, why not, and what to do (exit 2)."""
@@ -42,13 +44,23 @@ class SweepStopped(Stopped):
 
 
 class RunsFailed(Exception):
-    """A sweep came to its end, but some of its runs did not (exit 1)."""
+    """A sweep came to its end, but some of its runs did not, or cannot be read (exit 1)."""
 
     def __init__(self, failed: Mapping[str, str]):
-        lines = [f"  {name}: {reason}" for name, reason in failed.items()]
+        runs: dict[str, list[str]] = {}
+        for name, reason in failed.items():
+            runs.setdefault(reason, []).append(name)
+        lines = [f"  {reason} (run{_few(names)})" for reason, names in runs.items()]
+        count = "1 run has" if len(failed) == 1 else f"{len(failed)} runs have"
         super().__init__(
-            f"{len(failed)} runs failed; the same command tries them again:\n" + "\n".join(lines)
+            f"{count} no result; the same command tries again what failed, not what is damaged "
+            "(move it away first):\n" + "\n".join(lines)
         )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{'s' * (len(names) > 1)} {', '.join(names[:SHOWN])}{more}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

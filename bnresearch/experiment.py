@@ -13,7 +13,7 @@ from bnresearch import config as configs
 from bnresearch import data, optim
 from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
-from bnresearch.models import MODELS, check_arm
+from bnresearch.models import MODELS
 from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices, placed
 from bnresearch.state import INIT, State, stream
 from bnresearch.step import (
@@ -128,6 +128,30 @@ def prepare(config: ConfigDict) -> Experiment:
     return experiment
 
 
+def check(config: ConfigDict) -> None:
+    """Refuse what `prepare` would refuse, as far as it can be seen without devices and pictures: in
+    milliseconds, for somebody who is about to start many runs elsewhere.
+
+    Raises:
+      UserError: whatever is wrong with the config, in words.
+    """
+    configs.validate(config)
+    shape, classes = data.outline(config.data)
+    if shape is None:
+        return
+    MODELS[config.model.name].check(configs.chosen(config, "model"), shape)
+    check_rules(config, shape, classes)
+    numbers = {
+        key: jax.ShapeDtypeStruct((), jnp.int32 if key == "seed" else jnp.float32)
+        for key in configs.numbers(configs.resolve(config))
+    }
+    state = jax.eval_shape(make_init(config, shape, classes), numbers)
+    if config.parallel.devices == 1 and config.train.accumulate == 1:  # else norms may see less
+        image = jax.ShapeDtypeStruct((config.data.batch_size, *shape), jnp.float32)
+        forward = _forward(config, classes)
+        jax.eval_shape(forward, state.params, state.batch_stats, image, numbers)
+
+
 def _build(config: ConfigDict) -> Program:
     layout = make_layout(
         config.parallel.mode,
@@ -140,7 +164,6 @@ def _build(config: ConfigDict) -> Program:
     entry = MODELS[config.model.name]
     entry.check(configs.chosen(config, "model"), dataset.info.shape)
     check_rules(config, dataset.info.shape, dataset.info.num_classes)
-    check_arm(config.model.name, config.norm.kind, config.norm.weights, config.init.name)
     steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
     total = optim.steps("train.duration", config.train.duration, steps_per_epoch)
     schedule = optim.schedule(config.optim.schedule, total, steps_per_epoch)

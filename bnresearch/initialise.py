@@ -239,7 +239,8 @@ def _match(
         if called and isinstance(module, Norm) and module.chosen.kind == "none":
             x = arguments[0]
             made = [path for y, path in last if y is x]
-            if not made or (*module.path, "bias") not in flat:
+            own_bias = any((*path, "bias") in flat for path in made)
+            if not made or own_bias or (*module.path, "bias") not in flat:
                 raise UserError(_not_behind_a_linear_layer(module))
             mean, var = _moments(x)
             std = jnp.sqrt(var + EPS)

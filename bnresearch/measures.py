@@ -101,6 +101,27 @@ FUNCTION = "function"  # worked out by `compute`, kept in study.json
 MEASURES: Mapping[str, Any] = {**OF_A_RUN, **OF_AN_AXIS, FUNCTION: None}
 
 
+# The options that a measure needs, and what they are.
+OPTIONS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "steps_to": {"target": (int, float), "rising": (bool,)},
+    "largest_usable": {"axis": (str,), "at_least": (int, float), "rising": (bool,)},
+}
+
+
+def check(measure: Measure, axes: Iterable[str]) -> None:
+    """UserError for a measure that cannot be had of a study with these axes."""
+    lookup(MEASURES, measure.how, "kind of measure")
+    for name, kinds in OPTIONS.get(measure.how, {}).items():
+        if not isinstance(measure.options.get(name), kinds):
+            raise UserError(
+                f"measure {measure.label!r} has {name}={measure.options.get(name)!r} as an option "
+                f"of {measure.how}; was it changed by hand?"
+            )
+    axis = collapsed(measure)
+    if axis is not None:
+        lookup(dict.fromkeys(axes), axis, f"axis of measure {measure.how}")
+
+
 def collapsed(measure: Measure) -> str | None:
     """The axis of which a measure leaves one number, if it is such a measure."""
     return measure.options["axis"] if measure.how in OF_AN_AXIS else None
@@ -132,10 +153,8 @@ def values(
     Raises:
       UserError: no such measure, or a run that is done did not record the metric.
     """
-    lookup(MEASURES, measure.how, "kind of measure")
+    check(measure, axes)
     axis = collapsed(measure)
-    if axis is not None:
-        lookup(dict.fromkeys(axes), axis, f"axis of measure {measure.how}")
     left = [name for name in axes if name != axis]
     if axis is not None:
         rows = [_axis_row(group, measure, left) for group in _along(runs, left)]

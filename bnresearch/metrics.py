@@ -25,6 +25,10 @@ FOLDER = "tensorboard"
 FLUSH_SECONDS = 10.0  # how long TensorBoard events may wait; a flush is an fsync
 
 
+# What the records of the split "train" hold besides step and epoch.
+OF_TRAINING = ("loss", "learning_rate", "gradient_norm", "weight_norm", "images_per_second")
+
+
 class Metrics:
     """Writes the metrics of one run.
 

@@ -13,6 +13,7 @@ all numbers. Imports no jax.
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import pandas as pd
 from bnresearch import measures as measuring
 from bnresearch import rundir
 from bnresearch.claims import Measure, claim_from_json, measure_from_json
-from bnresearch.errors import UserError
+from bnresearch.errors import UserError, lookup
 from bnresearch.runs import NO_CURVE, Run, read_run_or_damage
 
 if TYPE_CHECKING:
@@ -33,17 +34,33 @@ if TYPE_CHECKING:
 FILE = "study.json"
 SCHEMA = 1
 DEEPEST = 3  # folders below the given one in which studies are looked for
+NUMBER = (int, float)
+# What the parts of study.json have to be, as far as reading and reporting need it.
 NEEDED: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "question", "scale"), (str,)),
+    **dict.fromkeys(("name", "question", "scale", "source", "prediction", "about"), (str,)),
     **dict.fromkeys(("arms", "axes", "measures"), (dict,)),
     **dict.fromkeys(("claims", "runs"), (list,)),
     **dict.fromkeys(("tune", "computed"), (dict, type(None))),
     "verdicts": (list, type(None)),
 }
+ARM: Mapping[str, tuple[type, ...]] = {"overrides": (dict,), "label": (str,)}
+AXIS: Mapping[str, tuple[type, ...]] = {"values": (list,), "keys": (list,), "label": (str,)}
+MEASURE: Mapping[str, tuple[type, ...]] = {"label": (str,), "unit": (str,)}
+EFFECT: Mapping[str, tuple[type, ...]] = dict.fromkeys(("estimate", "low", "high"), NUMBER)
+VERDICT: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("text", "verdict", "reason", "interval", "unit", "of"), (str,)),
+    **dict.fromkeys(("null", "boundary", "n", "censored", "p", "p_holm", "p_zero"), NUMBER),
+    **dict.fromkeys(("claim", "missing", "at", "points"), (dict,)),
+    **dict.fromkeys(("pairs", "same_rate", "runs"), (list,)),
+    "n_needed": (*NUMBER, type(None)),
+    "log": (bool,),
+    **EFFECT,
+}
+VERDICTS = dict.fromkeys(("supported", "refuted", "inconclusive"))
 # The fields of a verdict that fit into a cell.
 IN_TABLE = (
-    *("text", "verdict", "estimate", "low", "high", "unit", "log", "n", "censored"),
-    *("p", "p_holm", "p_zero", "n_needed", "boundary", "null", "reason"),
+    *("text", "verdict", "estimate", "low", "high", "interval", "of", "unit", "log", "n"),
+    *("censored", "p", "p_holm", "p_zero", "n_needed", "boundary", "null", "reason"),
 )
 
 
@@ -153,7 +170,7 @@ def load_study(folder: str | Path) -> StudyResults:
     Raises:
       UserError: there is no study.json, or it is none that this version reads.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     definition = read_definition(folder)
     places = definition["runs"]
     files = {place["id"]: read_run_or_damage(folder / "runs" / place["id"]) for place in places}
@@ -167,7 +184,7 @@ def load_study(folder: str | Path) -> StudyResults:
 
 def find_studies(folder: str | Path) -> list[Path]:
     """The study folders at or below ``folder``, sorted; UserError if there is none."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that holds a study or several")
     found = list(_studies(folder, DEEPEST))
@@ -188,8 +205,25 @@ def _studies(folder: Path, deeper: int) -> list[Path]:
     return [study for path in below for study in _studies(path, deeper - 1)]
 
 
+def read_name(folder: Path) -> str:
+    """Which study a folder holds; what else is in its study.json may be of any kind."""
+    return str(_read(folder).get("name"))
+
+
 def read_definition(folder: Path) -> dict[str, Any]:
     """The content of study.json, checked as far as reading the study needs it."""
+    path, definition = folder / FILE, _read(folder)
+    _check(f"{path}", definition, NEEDED)
+    try:
+        _check_contents(path, definition)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not as a study leaves it ({error!r}): it was changed by hand"
+        ) from error
+    return definition
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is no study folder: it has no {FILE}")
@@ -200,30 +234,45 @@ def read_definition(folder: Path) -> dict[str, Any]:
             f"{path} has schema {schema!r}, this version reads {SCHEMA}: read it with the version "
             "that wrote it, or run the study again into another folder"
         )
-    wrong = [
-        name
-        for name, kinds in NEEDED.items()
-        if name not in definition or not isinstance(definition[name], kinds)
-    ]
-    if wrong:
-        raise UserError(f"{path} has no {', '.join(wrong)} as it should: it was changed by hand")
-    try:
-        _check_contents(path, definition)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not as a study leaves it ({error!r}): it was changed by hand"
-        ) from error
     return definition
+
+
+def _check(what: str, part: Any, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """UserError if ``part`` has not all the fields in ``kinds``."""
+    there = part if isinstance(part, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(there.get(name, ...), kind)]
+    if wrong:
+        raise UserError(
+            f"{what} has no {', '.join(wrong)} as it should: changed by hand, or written by "
+            "another version; the study's command, called again, writes it anew"
+        )
 
 
 def _check_contents(path: Path, definition: Mapping[str, Any]) -> None:
     """That measures and claims can be made, and that runs are at places of the study."""
-    for measure in definition["measures"].values():
-        measure_from_json(measure)
-    for claim in definition["claims"]:
-        claim_from_json(claim)
-    for verdict in definition["verdicts"] or []:
-        verdict.keys()
+    axes, measures = definition["axes"], definition["measures"]
+    for name, arm in definition["arms"].items():
+        _check(f"{path}: arm {name!r}", arm, ARM)
+    for name, axis in axes.items():
+        _check(f"{path}: axis {name!r}", axis, AXIS)
+    tune = definition["tune"]
+    for measure in [*measures.values(), *([tune["measure"]] if tune is not None else [])]:
+        _check(f"{path}: a measure", measure, MEASURE)
+        measuring.check(measure_from_json(measure), axes)
+    if tune is not None:
+        lookup(axes, tune["axis"], "tuned axis")
+    for number, claim in enumerate(definition["claims"], start=1):
+        lookup(measures, claim_from_json(claim).measure, f"measure of claim {number}")
+    for number, verdict in enumerate(definition["verdicts"] or [], start=1):
+        what = f"{path}: verdict {number}"
+        _check(what, verdict, VERDICT)
+        _check(f"{what}: at", verdict["at"], dict.fromkeys(verdict["at"], (str, *NUMBER)))
+        lookup(measures, claim_from_json(verdict["claim"]).measure, f"measure of verdict {number}")
+        lookup(VERDICTS, verdict["verdict"], "verdict")
+        for row in verdict["same_rate"]:
+            _check(f"{what}: same_rate", row, {"value": (str, *NUMBER), **EFFECT})
+        for row in verdict["pairs"]:
+            _check(f"{what}: pairs", row, {"of": (str,), **EFFECT})
     for place in definition["runs"]:
         if not _fits(place, definition):
             shown = json.dumps(place)[:120]
@@ -250,6 +299,8 @@ def conclude(results: StudyResults) -> list["Verdict"]:
     """The verdicts on the claims of a study, in their order, from its files alone."""
     from bnresearch import verdict  # scipy and statsmodels: a second that readers need not wait
 
-    arms = results.definition["arms"]
-    labels = {name: arm.get("label") or name for name, arm in arms.items()}
-    return verdict.decide(results.claims, results.values, results.tuning, results.measures, labels)
+    labels = [
+        {name: part.get("label", "") for name, part in results.definition[parts].items()}
+        for parts in ("arms", "axes")
+    ]
+    return verdict.decide(results.claims, results.values, results.tuning, results.measures, *labels)

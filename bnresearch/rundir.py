@@ -10,6 +10,7 @@ Reports read run folders, so this module imports neither jax nor flax.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -137,6 +138,11 @@ def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[s
         raise
     _held.add(lock)
     return RunFolder(path, lock, command)
+
+
+def config_hash(resolved: Mapping[str, Any]) -> str:
+    """sha256 of the resolved config with sorted keys: the identity of a run."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -368,7 +374,8 @@ def held(folder: Path) -> Iterator[None]:
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _unusable(folder, error) from error
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write to {folder}: {reason}; choose another folder") from error
     _held.add(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -4,8 +4,6 @@ Imports no jax.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,13 +152,8 @@ def read_run(path: Path) -> RunFiles:
     )
 
 
-def config_hash(resolved: Mapping[str, Any]) -> str:
-    """sha256 of the resolved config with sorted keys: the identity of a run."""
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
-
-
 def _check_identity(config: Mapping[str, Any], name: str) -> None:
-    found = config_hash(config)
+    found = rundir.config_hash(config)
     if not found.startswith(name):
         raise UserError(
             f"config.json (schema {config.get('schema')!r}) is that of another run: its hash is "

@@ -27,7 +27,7 @@ from bnresearch.experiment import (
     train_feed,
 )
 from bnresearch.metrics import Metrics, check_progress, progress
-from bnresearch.rundir import RunFolder, open_run, read_result, read_status
+from bnresearch.rundir import SCHEMA, RunFolder, open_run, read_result, read_status
 from bnresearch.signals import stop_requests
 from bnresearch.state import State, empty_meter
 
@@ -118,7 +118,7 @@ def _run(
             except BaseException as error:
                 folder.set_status("failed", loop.step, f"{type(error).__name__}: {error}")
                 raise
-    result = {"schema": 1, **result, "seconds": round(time.monotonic() - started, 3)}
+    result = {"schema": SCHEMA, **result, "seconds": round(time.monotonic() - started, 3)}
     folder.write_result(result)
     return result
 

@@ -68,6 +68,11 @@ def chance(p: Any) -> str:
     return f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things: "1 seed", "2 seeds"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def amount(value: Any, unit: str) -> str:
     """A number with its unit: "97.1 %"."""
     return with_unit(number(value), unit)

@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "test${COMPARE:+,compare}"
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy
-exec "$python" -m pytest "$@" </dev/null
+# Each process has eight fake devices and compiles for itself: more than four are not worth their memory.
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 "$@" </dev/null

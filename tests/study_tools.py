@@ -157,6 +157,8 @@ def made_up_verdict(claim, verdict="supported", **fields):
         "p_holm": 0.004,
         "p_zero": 0.002,
         "n_needed": None,
+        "of": "",
+        "pairs": [],
         "at": {},
         "same_rate": [],
         "runs": [],

@@ -1,5 +1,6 @@
 """Jobs for the tests of sweeps: tiny MLPs on digits, and functions that do what they are told."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def does(seed, what="", seconds=0.0, log=""):
         with open(log, "a") as file:
             file.write(f"{what} {seed}\\n")
     time.sleep(seconds)
+    while what == "wait" and not os.path.exists(log + ".go"):
+        time.sleep(0.05)
     if what == "fail":
         raise ValueError("no such thing")
     if what == "die":
@@ -42,6 +45,8 @@ def does(seed, what="", seconds=0.0, log=""):
         sys.exit("goodbye")
     if what == "exit":
         os._exit(7)
+    if what == "one":
+        return 1.5
     return {"double": 2 * seed, "cores": len(os.sched_getaffinity(0))}
 
 def get_study():
@@ -51,14 +56,15 @@ def get_study():
                  measures=measures)
 '''
 
-# A sweep in a process of its own: python -c SWEEP folder launcher workers < pickled jobs.
+# A sweep in a process of its own: python -c SWEEP folder launcher < pickled jobs.
 SWEEP = """
 import pickle, sys
 from bnresearch.errors import Stopped
 from bnresearch.sweep import sweep
 jobs = pickle.load(sys.stdin.buffer)
 try:
-    print(sweep(jobs, sys.argv[1], launcher=sys.argv[2], workers=2, show="off"))
+    workers = 2 if sys.argv[2] == "local" else 0
+    print(sweep(jobs, sys.argv[1], launcher=sys.argv[2], workers=workers, show="off"))
 except (Stopped, KeyboardInterrupt) as error:
     print(repr(error))
     sys.exit(75)
@@ -83,9 +89,16 @@ def doing(folder, what="", seed=0, program="", **arguments):
     if not path.exists():
         path.write_text(DOING)
     arguments |= {"what": what}
-    resolved = {"schema": 1, "function": "does", "source": "", "arguments": arguments, "seed": seed}
+    text = DOING[DOING.index("def does") : DOING.index("def get_study")].rstrip() + "\n"
+    resolved = {
+        "schema": 1,
+        "function": "does",
+        "source": hashlib.sha256(text.encode()).hexdigest(),
+        "arguments": arguments,
+        "seed": seed,
+    }
     name = config.config_hash(resolved)[:16]
-    return Job(name, f"{what} seed={seed}", what, resolved, program, (str(path), "does"))
+    return Job(name, f"{what} seed={seed}", what, resolved, program, str(path))
 
 
 def environment():

@@ -1,77 +1,11 @@
 """Every bad study: exit code 2, one message that says what to do, nothing written or compiled."""
 
 import pytest
-from run_tools import ROOT, assert_one_message
+from bad_study_tools import FULL, FUNCTION, GOOD, NONE, refused_study, replaced
+from run_tools import ROOT
 
 from bnresearch import study
 from bnresearch.errors import UserError
-
-GOOD = f'''"""A good study."""
-
-from bnresearch.study import *
-
-
-def get_study():
-    return Study(
-        question="Is it so?",
-        source="nobody",
-        prediction="It is.",
-        base={str(ROOT / "configs" / "digits_mlp.py")!r},
-        overrides={{"train.duration": "5ep"}},
-        arms={{"batch": {{"norm.kind": "batch"}}, "none": {{"norm.kind": "none"}}}},
-        axes={{
-            "rate": grid("optim.learning_rate", [0.1, 0.3]),
-            "size": grid("data.batch_size", [16, 64]),
-            "net": settings({{"wide": {{"model.mlp.widths": (64,)}}, "deep": {{}}}}),
-        }},
-        tune=Tune("rate"),
-        measures={{
-            "accuracy": final("accuracy"),
-            "speed": steps_to(0.9, "accuracy"),
-            "limit": largest_usable("rate", 0.5),
-        }},
-        claims=[
-            Difference(treatment="batch", control="none", measure="accuracy",
-                       where={{"size": 16, "net": "deep"}}),
-        ],
-        scales={{"smoke": Scale(seeds=1), "quick": Scale(seeds=8), "full": Scale(seeds=20)}},
-    )
-'''
-FUNCTION = '''"""Without training."""
-
-from bnresearch.study import *
-
-
-def measure(seed, n, width=3):
-    return {"size": float(seed + n * width)}
-
-
-def get_study():
-    return Study(
-        question="Is it so?",
-        source="nobody",
-        prediction="It is.",
-        function=measure,
-        arms={"one": {"n": 1}, "two": {"n": 2}},
-        axes={"width": grid("width", [3, 4])},
-        measures={"size": final("size")},
-        claims=[],
-        scales={"smoke": Scale(seeds=1), "quick": Scale(seeds=8), "full": Scale(seeds=20)},
-    )
-'''
-
-CLAIM = """Difference(treatment="batch", control="none", measure="accuracy",
-                       where={"size": 16, "net": "deep"}),"""
-PLACE = 'where={"size": 16, "net": "deep"}'
-NONE = '"none": {"norm.kind": "none"}'
-SCALES = 'scales={"smoke": Scale(seeds=1), "quick": Scale(seeds=8), "full": Scale(seeds=20)}'
-FULL = '"full": Scale(seeds=20)'
-ARM = ("treatment=", 'arm="batch", measure="accuracy", ')
-
-
-def claim(text):
-    return CLAIM, f"{text},"
-
 
 # What replaces what in GOOD -> what the message has to name.
 CHANGES = {
@@ -128,6 +62,15 @@ CHANGES = {
     "unknown kind": (('"norm.kind": "none"', '"norm.kind": "non"'), ("arm 'none'", "'non'")),
     "none": (('"norm.kind": "none"', '"norm.kind": None'), ("norm.kind=None", "such as 'batch'")),
     "seed": (('"norm.kind": "none"', '"seed": 3'), ("'seed'", "first_seed")),
+    "schema": (('"norm.kind": "none"', '"schema": 3'), ("unknown config key 'schema'",)),
+    "no name of a key": (
+        ('"data.batch_size", [16, 64]', "3, [16, 64]"),
+        ("axis key 3", "in quotes", "line"),
+    ),
+    "a model without norms": (
+        (NONE, '"none": {"model.name": "fixup"}'),
+        ("arm 'none'", "norm.kind=batch", "fixup has no norms"),
+    ),
     "devices of a scope": (
         (NONE, '"none": {"norm.scope": "device", "parallel.devices": 0}'),
         ("norm.scope=device", "'parallel.devices'"),
@@ -153,6 +96,20 @@ CHANGES = {
     "range upside down": (
         ('grid("data.batch_size", [16, 64])', 'log_range("data.batch_size", 64, 16, 3)'),
         ("log_range(", "0 < low < high"),
+    ),
+    "random values that meet": (
+        (
+            'grid("data.batch_size", [16, 64])',
+            'random({"data.batch_size": choice([16, 64])}, 3)',
+        ),
+        ("random() draws", "'data.batch_size' more than once", "grid()"),
+    ),
+    "random values that are no names": (
+        (
+            'grid("data.batch_size", [16, 64])',
+            'random({"model.mlp.widths": choice([(16,), (64,)])}, 2)',
+        ),
+        ("random()", "(64,) cannot be", "settings("),
     ),
     "zipped unequally": (
         (
@@ -192,107 +149,26 @@ CHANGES = {
         ('largest_usable("rate", 0.5)', 'largest_usable("net", 0.5)'),
         ("measure 'limit' needs numbers along axis 'net'",),
     ),
+    "an unknown metric": (
+        ('final("accuracy")', 'final("acuracy")'),
+        ("metric of split 'test' in measure 'accuracy' 'acuracy'", "mean accuracy?"),
+    ),
+    "an unknown metric of the training": (
+        ('steps_to(0.9, "accuracy")', 'steps_to(0.9, "accuracy", "train")'),
+        ("split 'train' in measure 'speed'", "gradient_norm, ", "learning_rate, loss, "),
+    ),
+    "tunes by an unknown metric": (
+        ('Tune("rate")', 'Tune("rate", final("acuracy", "validation"))'),
+        ("split 'validation' in tune", "mean accuracy?"),
+    ),
+    "along what is looked at once": (
+        ('steps_to(0.9, "accuracy")', 'steps_to(0.9, "accuracy", "test")'),
+        ("measure 'speed'", "when a run ends", "steps_to(..., split='validation')"),
+    ),
     "an unknown split": (
         ('final("accuracy")', 'final("accuracy", "tset")'),
         ("'accuracy' looks at split 'tset'", "'train', 'validation', 'test'"),
     ),
-    # Claims.
-    "a claim without a list": (
-        ("claims=[", "claims=3 if True else ["),
-        ("claims must be a list, not a int",),
-    ),
-    "no place": ((PLACE, "where=16"), ("16 is no place", "{'axis': value}")),
-    "a place of another type": (('control="none"', "control=('none', 16)"), ("is no place",)),
-    "unknown arm": (
-        ('control="none"', 'control="non"'),
-        ("claim 1 (difference)", "'non'", "batch, none", "mean none?"),
-    ),
-    "unknown measure": (
-        ('measure="accuracy"', 'measure="acuracy"'),
-        ("claim 1 (difference)", "'acuracy'", "mean accuracy?"),
-    ),
-    "unknown axis": ((PLACE, 'where={"sise": 16}'), ("'sise'", "mean size?")),
-    "unknown value": (
-        (PLACE, 'where={"size": 17, "net": "deep"}'),
-        ("claim 1 (difference)", "axis 'size' has no value 17", "16, 64"),
-    ),
-    "a value that a scale leaves out": (
-        ("Scale(seeds=8)", 'Scale(seeds=8, axes={"size": grid("data.batch_size", [32])})'),
-        ("at scale quick, claim 1", "axis 'size' has no value 16", "choose one of: 32"),
-    ),
-    "unknown value of a place": (
-        ('control="none"', 'control={"arm": "none", "size": 17}'),
-        ("size", "fixes size twice"),
-    ),
-    "an axis left open": (
-        (PLACE, 'where={"size": 16}'),
-        ("leaves open", "axis 'net'", "'wide', 'deep'"),
-    ),
-    "the tuned axis": (
-        (PLACE, 'where={"size": 16, "net": "deep", "rate": 0.1}'),
-        ("fixes axis 'rate'", "use at="),
-    ),
-    "a collapsed axis": (
-        claim(f'Value(arm="batch", measure="limit", expected=1, tolerance=2, at=0.1, {PLACE})'),
-        ("at=0.1", "takes all of its values together"),
-    ),
-    "an unknown tuned value": (
-        (PLACE, PLACE + ", at=0.2"),
-        ("axis 'rate' has no value 0.2", "0.1, 0.3"),
-    ),
-    "at without tuning": (
-        ('tune=Tune("rate"),', ""),
-        ("leaves open", "axis 'rate'"),
-    ),
-    "a place without arm": (
-        ('control="none"', 'control={"size": 16}'),
-        ("names no arm", "'arm'"),
-    ),
-    "with itself": (('control="none"', 'control="batch"'), ("with itself",)),
-    "direction": ((PLACE, PLACE + ', direction="up"'), ("direction='up'", "'greater', 'less'")),
-    "interval": ((PLACE, PLACE + ', interval="z"'), ("interval='z'", "'bca'")),
-    "t interval of iqm": ((PLACE, PLACE + ', estimator="iqm"'), ("interval='bca'",)),
-    "negative sesoi": ((PLACE, PLACE + ", sesoi=-1"), ("sesoi=-1", "0 or more")),
-    "sesoi in words": ((PLACE, PLACE + ', sesoi="1"'), ("sesoi='1'", "finite number")),
-    "a factor below 1": (
-        ('measure="accuracy"', 'sesoi=0.5, measure="speed"'),
-        ("sesoi=0.5", "a factor of 1 or more", "log=True"),
-    ),
-    "no margin": (
-        claim(
-            f'Equivalence(treatment="batch", control="none", measure="accuracy", margin=0, {PLACE})'
-        ),
-        ("claim 1 (equivalence)", "margin=0", "above 0"),
-    ),
-    "no tolerance": (
-        claim(f'Value(arm="batch", measure="speed", expected=9, tolerance=1, {PLACE})'),
-        ("claim 1 (value)", "tolerance=1", "above 1"),
-    ),
-    "slope of names": (
-        claim('Slope(arm="batch", axis="net", measure="accuracy", where={"size": 16})'),
-        ("claim 1 (slope)", "numbers along axis 'net'", "'wide', 'deep'"),
-    ),
-    "slope of a number": (
-        claim(
-            'Slope(arm="batch", axis="size", measure="accuracy", where={"net": "deep"}, expected=1)'
-        ),
-        ("tolerance=0.0", "above 0"),
-    ),
-    "slope along what is fixed": (
-        claim(f'Slope(arm="batch", axis="size", measure="accuracy", {PLACE})'),
-        ("fixes axis 'size'", "the slope is along it"),
-    ),
-    "base of a logarithm": (
-        claim(
-            'Slope(arm="batch", axis="size", measure="accuracy", where={"net": "deep"}, log_x="3")'
-        ),
-        ("log_x='3'", "'e', '2', '10'"),
-    ),
-    "ordering of one": (
-        claim(f'Ordering(arms=["batch"], measure="accuracy", {PLACE})'),
-        ("two or more arms",),
-    ),
-    "claim of another type": (claim("('batch', 'none')"), ("claim 1 is a tuple", "Difference")),
     # Scales.
     "one seed": (("Scale(seeds=8)", "Scale(seeds=1)"), ("scale quick", "2 seeds or more")),
     "no seeds": (("Scale(seeds=8)", "Scale(seeds=0)"), ("seeds=0", "1 or more")),
@@ -366,17 +242,6 @@ FILES = {
 }
 
 
-def replaced(text, change):
-    old, new = change
-    assert text.count(old) == 1, old
-    return text.replace(old, new)
-
-
-def refused_study(tmp_path, refused, text, parts, *flags):
-    (tmp_path / "mine.py").write_text(text)
-    refused(["study", "mine.py", "--scale=quick", "--out=out", *flags], *parts)
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_bad_study_is_refused(name, tmp_path, refused, compiled):
     change, parts = CHANGES[name]
@@ -417,15 +282,3 @@ def test_a_study_that_is_too_large_can_be_meant(tmp_path):
         study.plan(mine, path, "quick")
     assert len(study.plan(mine, path, "quick", confirmed=True).runs) == 10004
     assert len(study.plan(mine, path, "quick", seeds=2500).runs) == 10000
-
-
-def test_claims_without_a_tuned_axis_take_no_value_of_one(tmp_path):
-    path = tmp_path / "mine.py"
-    text = replaced(GOOD, ('tune=Tune("rate"),', ""))
-    where = 'where={"size": 16, "net": "deep", "rate": 0.1}'
-    path.write_text(replaced(text, (PLACE, f"{where}, at=0.1")))
-    with pytest.raises(UserError) as caught:
-        study.plan(study.load(path), path, "quick")
-    assert_one_message(f"error: {caught.value}\n", ("at=0.1", "tunes no axis", "where="))
-    path.write_text(replaced(text, (PLACE, where)))
-    study.plan(study.load(path), path, "quick")

@@ -83,15 +83,18 @@ def test_bca_without_a_jackknife_says_that_it_takes_percentiles():
     assert estimate.bootstrap_interval(X).kind == "bca"
 
 
-def test_strata_are_resampled_each_by_itself():
+def test_every_resample_has_as_many_of_each_stratum():
     # Without spread within the strata there is none at all, far apart as they are.
-    found = estimate.bootstrap_interval(np.zeros(5), np.full(5, 100.0))
+    found = estimate.bootstrap_interval(np.tile([0.0, 100.0], (5, 1)))
     assert found[:3] == (50, 50, 50)
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=20), rng.normal(size=20) + 100
-    found = estimate.bootstrap_interval(a, b, method="percentile")
-    half = 1.96 * math.sqrt(a.var() / 20 + b.var() / 20) / 2
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+def test_numbers_of_a_seed_stay_together(method):
+    x = np.random.default_rng(1).normal((0, 100, 7), size=(20, 3))
+    strata = estimate.bootstrap_interval(x, method=method)
+    assert strata == pytest.approx(estimate.bootstrap_interval(x.mean(axis=1), method=method))
+    assert estimate.sign_flips(x, 35.5) == estimate.sign_flips(x.mean(axis=1), 35.5)
 
 
 def test_interquartile_mean_is_the_mean_of_the_middle_half():
@@ -147,6 +150,34 @@ def test_median_of_runs_cut_off_at_the_same_step_is_that_of_kaplan_and_meier():
     reached = times < 500
     found = estimate.median_interval(times, times, np.where(reached, times, math.inf))
     assert found.estimate == SurvfuncRight(times, reached.astype(int)).quantile(0.5) == 240
+
+
+def test_censored_median_by_hand():
+    # S is 1 - i/7 after the i-th exact number, and below 1/2 first at the fourth.
+    times, censored = np.array([80.0, 95, 120, 240, 310, 500, 500]), np.array([0, 0, 0, 0, 0, 1, 1])
+    found = estimate.censored_median(times, censored)
+    assert (found.estimate, found.kind) == (240, "kaplan-meier")
+    # |log(-log S) - log(log 2)| <= 1.96 se, with Greenwood's se of S by |S log S|: at each time
+    # the sum of 1 / (n (n - 1)) over the numbers at risk.
+    s = 1 - np.arange(1, 6) / 7
+    se = np.sqrt(np.cumsum([1 / (n * (n - 1)) for n in (7, 6, 5, 4, 3)])) / np.abs(np.log(s))
+    inside = np.abs(np.log(-np.log(s)) - np.log(np.log(2))) <= 1.959964 * se
+    assert found.low == times[:5][inside][0] == 80
+    assert found.high == (math.inf if inside[-1] else times[:5][~inside][-1])
+    turned = estimate.censored_median(-times, -censored)
+    assert turned[:3] == (-240, -found.high, -found.low)
+
+
+def test_a_median_that_is_not_reached_is_infinite():
+    at = np.array([100.0, 500, 500, 500])
+    assert estimate.censored_median(at, np.array([0, 1, 1, 1]))[::2] == (math.inf, math.inf)
+    assert estimate.censored_median(at, np.array([1, 1, 1, 1])).estimate == math.inf
+    assert math.isnan(estimate.censored_median(at[:1], np.array([1])).low)
+
+
+def test_bounds_on_either_side_leave_order_statistics():
+    at, censored = np.arange(10.0), np.array([-1, *[0] * 8, 1])
+    assert estimate.censored_median(at, censored) == (4.5, 1, 8, "median")
 
 
 def test_sign_test_is_the_log_rank_test_stratified_by_pair():

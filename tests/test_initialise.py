@@ -246,6 +246,22 @@ def test_matched_refuses_what_it_only_sees_in_the_net():
         match_flat("mlp", widths=(8,))
 
 
+class Biased(nn.Module):
+    """A linear layer that keeps its bias in front of a site."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="dense1")(x.reshape(len(x), -1))
+        return make_norm("none")(name="norm1")(x)
+
+
+def test_matched_refuses_a_linear_layer_with_a_bias_of_its_own():
+    model = Biased()
+    params = model.init(jax.random.key(0), IMAGES)["params"]
+    with pytest.raises(UserError, match="norm1 .* without a bias of its own"):
+        initialise.matched(lambda p, x: model.apply({"params": p}, x), params, IMAGES)
+
+
 def match_flat(name, **changed):
     """`matched` for a model whose kernels are 0."""
     model = MODELS[name].module(10, make_norm("none"), **changed)

@@ -7,7 +7,7 @@ import pytest
 from run_tools import DIGITS, assert_one_message, read
 
 from bnresearch import __main__ as cli
-from bnresearch import errors, lab, rundir
+from bnresearch import errors, lab, rundir, study
 from bnresearch.study import planning
 
 # Without training: the arm adds to what the seed gives. 0.1 * (-1)^seed is noise for all arms.
@@ -120,8 +120,12 @@ def test_failed_runs_are_named_and_the_rest_is_decided(
     failed = [path.parent.name for path in out.glob("runs/*/status.json") if failure(path)]
     assert len(failed) == 2
     for name in failed:
-        assert f"{name}: ValueError: an unlucky number" in printed.err
-    assert "2 runs failed; the same command tries them again" in printed.err
+        assert f"({name}): ValueError: an unlucky number" in printed.err
+    *_, first, last = printed.err.splitlines()
+    assert first.startswith("2 runs have no result; the same command tries again what failed")
+    assert last in [
+        f"  ValueError: an unlucky number (runs {a}, {b})" for a, b in (failed, failed[::-1])
+    ]
     assert [verdict["n"] for verdict in read(out / "study.json")["verdicts"]] == [9, 9]
 
 
@@ -143,6 +147,65 @@ def test_a_stopped_study_has_its_plan_and_goes_on(tmp_path, adding, monkeypatch,
     assert len(definition["runs"]) == 40
     done = lab.run_study(adding(), "quick", tmp_path / "out", launcher="inline", show="off")
     assert len(done["verdicts"]) == 2
+
+
+def test_two_scales_in_one_folder_at_once_decide_on_their_own_runs(
+    tmp_path, adding, monkeypatch, no_page
+):
+    """The other call writes its plan while this one runs."""
+    sweep = lab.sweep
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.setattr(lab, "sweep", sweep)
+        other = lab.run_study(adding(), "full", tmp_path / "out", launcher="inline", show="off")
+        assert [verdict["n"] for verdict in other["verdicts"]] == [20, 20]
+        return sweep(*arguments, **options)
+
+    monkeypatch.setattr(lab, "sweep", meanwhile)
+    mine = lab.run_study(adding(), "quick", tmp_path / "out", launcher="inline", show="off")
+    assert [verdict["n"] for verdict in mine["verdicts"]] == [10, 10]
+    assert len(mine["computed"]["twice"]) == 40
+    assert read(tmp_path / "out" / "study.json")["seeds"] == [*range(10)]
+
+
+def test_a_damaged_run_is_named_and_left_out_and_keeps_nobody_from_deciding(
+    tmp_path, adding, monkeypatch, capsys, no_page
+):
+    out = tmp_path / "out"
+    first = lab.run_study(adding(), "quick", out, launcher="inline", show="off")
+    run = out / "runs" / first["runs"][0]["id"]
+    (run / "status.json").write_text("{")
+    argv = ["study", adding(), "--scale=quick", f"--out={out}", "--progress=off"]
+    assert command(monkeypatch, *argv) == 1
+    *_, before, last = capsys.readouterr().err.splitlines()
+    assert before.startswith("1 run has no result; ") and "move it away" in before
+    assert last.startswith("  status.json is not JSON") and last.endswith(f"(run {run.name})")
+    definition = read(out / "study.json")
+    assert [verdict["n"] for verdict in definition["verdicts"]] == [10, 9]
+    assert definition["device"] == first["device"]
+    assert (run / "status.json").read_text() == "{"
+
+
+def test_the_commit_of_a_study_is_that_of_its_runs(tmp_path, adding, no_page):
+    first = lab.run_study(adding(), "quick", tmp_path / "out", launcher="inline", show="off")
+    path = tmp_path / "out" / "runs" / first["runs"][-1]["id"] / "status.json"
+    rundir.write_json(path, read(path) | {"commit": "older"})
+    again = lab.run_study(adding(), "quick", tmp_path / "out", show="off")
+    assert again["commit"] == f"{first['commit']}, older"
+
+
+def test_a_study_file_has_its_helpers_beside_it(tmp_path, adding, monkeypatch, no_page):
+    path = adding("helped")
+    path.write_text(path.read_text().replace("amount * scale", "times(amount, scale)"))
+    path.write_text(path.read_text().replace("def add", "from helping import times\n\ndef add", 1))
+    (tmp_path / "helping.py").write_text("def times(a, b):\n    return a * b\n")
+    monkeypatch.chdir("/")
+    done = [
+        lab.run_study(path, "quick", tmp_path / name, launcher=name, show="off")
+        for name in ("inline", "local")
+    ]
+    for definition in done:
+        assert [v["estimate"] for v in definition["verdicts"]] == pytest.approx([4, -4])
 
 
 @pytest.mark.slow
@@ -175,6 +238,53 @@ def get_study():
             for launcher in ("inline", "local")
         }
         assert len(digests) == 1
+
+
+TRAINS = f'''"""Trains."""
+from bnresearch.study import Scale, Study, final, grid
+
+def get_study():
+    return Study(
+        question="?", source="none", prediction="none", base={DIGITS!r},
+        arms={{"batch": {{}}, "other": OTHER}},
+        axes={{"rate": grid("optim.learning_rate", [0.1, 0.2])}},
+        measures={{"accuracy": final("accuracy")}},
+        scales={{name: Scale(seeds=3) for name in ("smoke", "quick", "full")}},
+    )
+'''
+
+
+@pytest.mark.parametrize(
+    ("other", "parts"),
+    [
+        ({"norm.kind": "group"}, ("norm.group.groups=32", "100 features")),
+        ({"data.batch_size": 5000}, ("data.batch_size is 5000", "1298 training examples")),
+        ({"data.batch_size": 1}, ("one single value", "larger batch")),
+        ({"data.name": "digit"}, ("dataset 'digit'", "did you mean digits?")),
+        (
+            {"model.name": "plain", "model.plain.widths": (8,) * 5, "model.plain.convs": (1,) * 5},
+            ("8x8", "fewer stages"),
+        ),
+        ({"norm.rules": ("stem/.* -> none",)}, ("stem/.*", "norm1")),
+    ],
+)
+def test_what_no_run_could_begin_with_is_refused(tmp_path, refused, compiled, other, parts):
+    (tmp_path / "trains.py").write_text(TRAINS.replace("OTHER", repr(other)))
+    refused(["study", "trains.py", "--scale=quick", "--out=o"], "arm 'other', rate=0.1: ", *parts)
+    assert compiled == []
+
+
+def test_runs_that_are_done_are_not_asked_for_their_data(tmp_path, monkeypatch, no_page):
+    path = tmp_path / "trains.py"
+    path.write_text(TRAINS.replace("OTHER", repr({"data.name": "no_such_set"})))
+    plan = study.plan(study.load(path), path, "quick")
+    lab._check_programs(plan._replace(runs=plan.runs[:6]), tmp_path)
+    with pytest.raises(errors.UserError, match="no_such_set"):
+        lab._check_programs(plan, tmp_path)
+    for run in plan.runs:
+        (tmp_path / "runs" / run.id).mkdir(parents=True)
+        (tmp_path / "runs" / run.id / "result.json").touch()
+    lab._check_programs(plan, tmp_path)
 
 
 # ---- The report by itself
@@ -225,6 +335,8 @@ def test_bad_commands_are_refused(argv, parts, refused):
         (["--scale=quick", "--progress=br"], "progress"),
         (["--scale=quick", "--out=adding.py"], "adding.py"),
         (["--scale=quick", "--out=adding.py/x"], "adding.py"),
+        (["--scale=quick", "--out=~no-such-user/x"], "cannot write to ~no-such-user/x"),
+        (["--scale=quick", "--launcher=inline", "--launcher.workers=2"], "take the launcher local"),
     ],
 )
 def test_bad_flags_of_a_study_are_refused(tmp_path, adding, refused, flags, part):
@@ -245,6 +357,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, adding, refused):
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     argv = ["study", "adding.py", "--scale=quick", "--out=out"]
     refused(argv, "neither empty nor a study", "thesis.tex")
+
+
+def test_a_folder_whose_runs_are_no_folder_is_refused(tmp_path, adding, refused):
+    adding()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").write_text("precious")
+    refused(["study", "adding.py", "--scale=quick", "--out=out"], "cannot write to out", "--out")
 
 
 def test_a_folder_of_another_schema_is_refused(tmp_path, adding, refused, no_page):

@@ -120,11 +120,12 @@ def test_gpus_are_those_that_jax_may_use(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "workers", "wanted"), [(8, 4, "inline"), (9, 4, "local"), (100, 1, "inline")]
+    ("count", "places", "workers", "wanted"),
+    [(8, 4, 0, "inline"), (9, 4, 0, "local"), (100, 1, 0, "inline"), (2, 1, 2, "local")],
 )
-def test_the_launcher_that_suits(monkeypatch, count, workers, wanted):
-    monkeypatch.setattr(launchers, "default_workers", lambda: workers)
-    assert launchers.choose(count) == wanted
+def test_the_launcher_that_suits(monkeypatch, count, places, workers, wanted):
+    monkeypatch.setattr(launchers, "default_workers", lambda: places)
+    assert launchers.choose(count, workers) == wanted
 
 
 # ---- What is shown

@@ -302,7 +302,7 @@ def digits(*overrides):
             "init.name=lsuv would replace the start",
         ),
         ([("model.name", "nf_resnet"), ("init.name", "orthogonal")], "init.name=orthogonal would"),
-        ([("init.name", "xavier")], "unknown init.name 'xavier'.*he, lsuv, orthogonal"),
+        ([("init.name", "xavier")], "unknown init.name 'xavier'.*he, lsuv, matched, orthogonal"),
         ([("optim.agc", -1.0)], "optim.agc=-1.0 is negative"),
     ],
 )

@@ -71,6 +71,12 @@ def test_stretched_axis_has_98_and_99_as_far_apart_as_its_formula_says():
     np.testing.assert_allclose(axis.place([100, 91, 1]), [0, -1, -2], atol=1e-12)
 
 
+def test_ticks_of_a_stretched_axis_do_not_touch():
+    axis = marks.axis("accuracy (%)", [[10, 99]], percent=True)
+    texts = [text for _, text in axis.ticks]
+    assert texts == ["30", "50", "70", "80", "90", "95", "98", "99", "100"]
+
+
 def test_log_axis_has_round_ticks():
     axis = marks.axis("loss", [[0.02, 3.0]], "log")
     assert [text for _, text in axis.ticks] == ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
@@ -189,6 +195,21 @@ def test_bounds_are_open_dots_and_said_to_be():
     assert picture.panels[0].y.scale == "log"
 
 
+def test_medians_stand_for_means_where_some_are_bounds():
+    values = frame(arms=("batch",), seeds=8, value=lambda arm, point, seed: 10.0 + seed)
+    values.loc[values["rate"].eq(0.1) & (values["seed"] > 4), "censored"] = 1
+    values.loc[values["rate"].eq(0.3), "censored"] = 1
+    picture = measured.measured(
+        design(("batch",)), "s", to_json(steps_to(0.9, "accuracy")), values
+    )[0]
+    (mean,) = of(picture.panels[0], Mean)
+    # S falls below 1/2 at the fifth of eight; never, if all are bounds; else geometric means.
+    np.testing.assert_allclose(mean.y, [14, math.nan, math.exp(np.log(np.arange(10, 18)).mean())])
+    assert mean.high[1] == picture.panels[0].y.range[1]
+    assert mean.texts[0].startswith("BATCH, learning rate 0.1\nmedian 14")
+    assert "median ∞ steps" in mean.texts[1]
+
+
 def test_an_arm_that_has_no_value_is_not_there():
     values = frame(value=lambda arm, point, seed: math.nan if arm == "none" else 90.0)
     (picture,) = measured.measured(design(), "a", ACCURACY, values)
@@ -241,6 +262,15 @@ def test_curves_have_gaps_between_seeds_and_geometric_means_of_finished_runs():
 def test_a_diverged_loss_does_not_stretch_the_axis():
     picture = curves.curves(design(axes={}), curve_frame(last=1e30), "train", "loss")
     assert picture.panels[0].y.range[1] < 3
+
+
+def test_a_loss_that_leaps_for_a_moment_does_not_either():
+    found = curve_frame()
+    found.loc[0, "value"] = 1e12
+    picture = curves.curves(design(axes={}), found, "train", "loss")
+    assert picture.panels[0].y.range[1] < 3
+    assert "Some losses leap beyond what is shown." in picture.caption
+    assert "leap" not in curves.curves(design(axes={}), curve_frame(), "train", "loss").caption
 
 
 def test_no_curve_is_no_picture():

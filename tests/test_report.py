@@ -12,7 +12,7 @@ from PIL import Image
 from study_tools import made_up_verdict, make_study
 
 from bnresearch import records, report, rundir
-from bnresearch.claims import Difference, Equivalence, final, largest_usable, steps_to
+from bnresearch.claims import Difference, Equivalence, Ordering, final, largest_usable, steps_to
 from bnresearch.errors import UserError
 from bnresearch.report import page
 
@@ -115,7 +115,7 @@ def test_a_card_says_how_sure_it_is(study):
     assert facts["seeds, n"] == "10"
     # All ten differences have the same sign: 2 / 2**10. The claim of equivalence has a smaller p,
     # so that Holm's factor for this one is 2.
-    assert facts["by luck alone, p"] == "0.002; 0.004 after correction for 3 claims (Holm)"
+    assert facts["p"] == "0.002; 0.004 by Holm's correction for 3 claims"
     assert facts["chosen rate η"] == "BatchNorm: 1, no norm: 0.3"
     assert first.warnings == [
         "BatchNorm: the chosen rate η 1 is the highest that was tried; there may be a better one "
@@ -137,6 +137,59 @@ def test_an_inconclusive_card_says_what_would_have_been_enough(tmp_path):
     assert cards[0].warnings == ["Left out for want of a value: 2 diverged."]
     assert (cards[2].effect, cards[2].strip) == ("no number", None)
     assert "no number" in words_of(site(tmp_path))
+
+
+def test_a_value_that_the_claim_fixes_was_not_chosen(tmp_path):
+    claim = Difference(treatment="batch", control="none", measure="accuracy", at=0.1)
+    tune = {"axis": "rate", "measure": final("accuracy", "validation")}
+    make_study(tmp_path, ARMS, {"rate": RATE}, 4, claims=[claim], tune=tune)
+    (card,) = page.cards(decided(tmp_path))
+    assert dict(card.facts)["rate η"] == "0.1, fixed by the claim"
+    assert not any("chosen" in name for name, _ in card.facts)
+    assert card.warnings == []  # 0.1 is the lowest, but nobody chose it
+
+
+def test_the_card_of_an_ordering_has_every_pair(tmp_path):
+    claim = Ordering(arms=["a", "b", "c"], measure="accuracy")
+    ends = {"a": 0.9, "b": 0.7, "c": 0.6}
+    make_study(
+        tmp_path,
+        list("abc"),
+        seeds=10,
+        claims=[claim],
+        accuracy=lambda arm, point, seed: ends[arm] + 0.001 * math.sin(9 * seed * ord(arm)),
+    )
+    (card,) = page.cards(decided(tmp_path))
+    assert card.effect.startswith("+10.0") and card.interval.endswith("(b over c)")
+    facts = dict(card.facts)
+    assert facts["a over b"].startswith("+19.9") and facts["b over c"].startswith("+10.0")
+
+
+def test_a_run_that_was_damaged_after_the_verdict_is_a_warning(tmp_path):
+    make_study(tmp_path, seeds=6, claims=[CLAIMS[0]])
+    results = decided(tmp_path)
+    assert page.cards(results)[0].warnings == []
+    (results.records[0].path / "result.json").write_text("{")
+    (card,) = page.cards(records.load_study(tmp_path))
+    assert card.warnings == [
+        "Damaged since the verdict was given: 1 run behind it. Run the study again."
+    ]
+
+
+def test_a_docstring_is_paragraphs_and_code():
+    about = "    run it\n    so\n\nProse that is\nbroken by hand.\n\nMore."
+    assert page.paragraphs(about) == [
+        (True, "run it\nso"),
+        (False, "Prose that is broken by hand."),
+        (False, "More."),
+    ]
+
+
+def test_numbers_of_a_measure_stand_on_the_page(home):
+    text = words_of(home / "index.html")
+    assert "Test accuracy (%) in numbers arm rate η n estimate 95 % interval" in text
+    # One of BatchNorm's ten runs at 0.1 is damaged.
+    assert "Claim 1 at the same rate η rate η of both n effect 95 % interval 0.1 9 " in text
 
 
 def test_what_produced_a_page_stands_on_it(home):
@@ -240,6 +293,15 @@ def test_tables_hold_the_numbers(home):
     half = 2.262157 * np.std(values, ddof=1) / math.sqrt(10)  # t(0.975; 9)
     assert float(best["high"]) - float(best["mean"]) == pytest.approx(half, rel=1e-6)
     assert means["none", "1.0"]["diverged"] == "5"
+    # Wilson for 5 of 10: (1/2 + z²/20) / (1 + z²/10) ± z sqrt(1/40 + z²/400) / (1 + z²/10).
+    assert float(means["none", "1.0"]["diverged_low"]) == pytest.approx(0.236593, abs=1e-6)
+    effects = [float(row["effect"]) for row in rows("effects.csv") if row["claim"] == "1"]
+    assert np.mean(effects) == pytest.approx(float(rows("verdicts.csv")[0]["estimate"]))
+    same = {(row["claim"], row["value"]): row for row in rows("same_rate.csv")}
+    assert float(same["1", "0.3"]["estimate"]) == pytest.approx(6)  # 93 against 87 %
+    usable = {row["arm"]: row for row in rows("means_usable.csv")}
+    assert usable["batch"]["kind"] == "kaplan-meier" and usable["batch"]["censored"] == "10"
+    assert usable["batch"]["mean"] == "inf"
     assert next(row["verdict"] for row in rows("verdicts.csv")) == "supported"
     assert len(rows("curves_validation_accuracy.csv")) > 200
     assert {row["chosen"] for row in rows("tuning.csv")} == {"True", "False"}

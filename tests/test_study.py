@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from run_tools import DIGITS, ROOT
 
 from bnresearch import claims, rundir, study
 from bnresearch import config as configs
+from bnresearch.experiment import initial_state, prepare
 from bnresearch.study import (
     Arm,
     Difference,
@@ -20,13 +22,11 @@ from bnresearch.study import (
     Slope,
     Study,
     Tune,
-    axes,
     final,
     grid,
     log_range,
     settings,
     steps_to,
-    zipped,
 )
 
 BATCH, NONE = {"norm.kind": "batch"}, {"norm.kind": "none"}
@@ -48,53 +48,6 @@ def identity(*overrides):
     """The run that the command line would train."""
     config = configs.load(DIGITS, ["parallel.devices=1", *overrides])
     return configs.config_hash(configs.resolve(config))[:16]
-
-
-# ---- Axes
-
-
-@pytest.mark.parametrize(
-    ("axis", "points"),
-    [
-        (grid("a", [1, 2.5, "x"]), [(1, {"a": 1}), (2.5, {"a": 2.5}), ("x", {"a": "x"})]),
-        (grid("a", np.array([3, 4])), [(3, {"a": 3}), (4, {"a": 4})]),
-        (log_range("a", 0.01, 1, 3), [(0.01, {"a": 0.01}), (0.1, {"a": 0.1}), (1, {"a": 1})]),
-        (zipped({"a": [1, 2], "b": [3, 4]}), [(1, {"a": 1, "b": 3}), (2, {"a": 2, "b": 4})]),
-        (
-            zipped({"a": [1, 2], "b": [3, 4]}, names=["low", "high"]),
-            [("low", {"a": 1, "b": 3}), ("high", {"a": 2, "b": 4})],
-        ),
-        (settings({"p": {"a": 1}, "q": {"b": (2, 3)}}), [("p", {"a": 1}), ("q", {"b": (2, 3)})]),
-    ],
-)
-def test_an_axis_has_these_points(axis, points):
-    assert [tuple(point) for point in axis.points] == points
-
-
-def test_a_log_range_has_equal_ratios_to_four_digits():
-    axis = log_range("a", 0.003, 3, 7)
-    assert axis.values == [0.003, 0.009487, 0.03, 0.09487, 0.3, 0.9487, 3.0]
-    assert axis.log and not grid("a", [1, 10]).log
-
-
-def test_random_settings():
-    keys = {"a": axes.log_uniform(0.01, 1), "b": axes.choice((16, "x")), "c": axes.uniform(-1, 1)}
-    few, many = (axes.random(keys, n, seed=5) for n in (3, 400))
-    assert few.points == many.points[:3]
-    assert axes.random(keys, 3, seed=6).points != few.points
-    assert many.values == list(range(400))
-    assert many.keys == ["a", "b", "c"]
-    drawn = {key: [point.overrides[key] for point in many.points] for key in keys}
-    # Medians of 400: the standard error of log10(a), uniform over two decades, is below 0.06.
-    assert abs(np.median(np.log10(drawn["a"])) + 1) < 0.2
-    assert min(drawn["a"]) >= 0.01 and max(drawn["a"]) <= 1
-    assert abs(np.median(drawn["c"])) < 0.2
-    assert 140 < drawn["b"].count(16) == 400 - drawn["b"].count("x") < 260
-
-
-def test_random_values_of_one_key_are_called_by_their_values():
-    axis = axes.random({"a": axes.uniform(0, 1)}, 5)
-    assert axis.values == [point.overrides["a"] for point in axis.points]
 
 
 # ---- Runs
@@ -194,6 +147,53 @@ def test_seeds_are_paired_and_null_studies_take_others():
     assert pairs == [("a", 0, 4), ("a", 1, 5), ("a", 2, 6), ("b", 0, 7), ("b", 1, 8), ("b", 2, 9)]
     assert [run.id for run in plan.runs] == [identity(f"seed={seed}") for seed in range(4, 10)]
     assert {name: arm.label for name, arm in plan.arms.items()} == {"a": "a", "b": "B"}
+
+
+def test_arms_of_a_pair_start_from_the_same_values_and_see_the_same_examples():
+    """Of what they share; and all of them at the same points, with the same seeds."""
+    plan = planned(
+        arms={
+            "batch": BATCH,
+            "layer": {"norm.kind": "layer"},
+            "none": NONE,
+            "matched": {**NONE, "init.name": "matched"},
+            "after": {"model.mlp.placement": "after_act", "optim.name": "adamw"},
+        },
+        axes={"rate": grid("optim.learning_rate", [0.1, 1])},
+        overrides={"model.mlp.widths": (8,)},
+        scales=SCALES | {"quick": Scale(seeds=2)},
+    )
+    places = {arm: [] for arm in plan.arms}
+    found = {}
+    for run in plan.runs:
+        places[run.arm].append((run.point, run.seed))
+        found.setdefault(run.seed, []).append(beginning(run))
+    assert all(of_arm == places["batch"] and len(of_arm) == 4 for of_arm in places.values())
+    for first, *others in found.values():
+        for other in others:
+            for path in first.keys() & other.keys():
+                np.testing.assert_array_equal(first[path], other[path], err_msg=path)
+    kept = {"head/kernel", "head/bias", "step 0", "step 30"}  # by matched kernels, too
+    for begun in found.values():
+        assert set.intersection(*(set(parts) for parts in begun)) == kept
+        assert sum("dense1/kernel" in parts for parts in begun) == 8
+    one, other = found[0][0], found[1][0]  # the comparison is not vacuous
+    assert all(np.any(one[path] != other[path]) for path in one if "bias" not in path)
+
+
+def beginning(run):
+    """The parameters at the start of a run by path, but for those that `matched` rescales and the
+    norms', and the pictures of two batches."""
+    begun = prepare(configs.unresolve(run.resolved))
+    flat = flatten_dict(initial_state(begun).params, sep="/")
+    parts = {path: np.asarray(leaf) for path, leaf in flat.items() if "norm" not in path}
+    if run.arm == "matched":
+        del parts["dense1/kernel"]
+    dataset, rows = begun.program.dataset, np.arange(60)
+    for step in (0, 30):  # in the first and in the second epoch
+        batch = dataset.train_batch(dataset.feed(begun.seed, step), begun.seed, step, rows)
+        parts[f"step {step}"] = np.asarray(batch["image"])
+    return parts
 
 
 def test_values_become_what_the_config_takes():

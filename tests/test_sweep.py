@@ -12,9 +12,11 @@ import pytest
 from run_tools import read
 from sweep_tools import DIVERGING, SWEEP, TOO_LARGE, doing, start, training, trainings
 
-from bnresearch import rundir
+from bnresearch import metrics, rundir
 from bnresearch.errors import UserError
 from bnresearch.sweep import Counts, launchers, sweep
+from bnresearch.sweep.jobs import Order, Queue
+from bnresearch.tasks import TASKS
 
 
 def statuses(folder, jobs):
@@ -73,6 +75,39 @@ def test_a_function_has_its_numbers_in_the_result(tmp_path):
     assert statuses(tmp_path / "runs", [job]) == ["done"]
 
 
+def test_a_function_has_to_return_named_numbers(tmp_path):
+    job = doing(tmp_path, "one")
+    counts = sweep([job], tmp_path / "runs", launcher="inline", show="off")
+    assert "does() in " in counts.failed[job.id]
+    assert 'returns 1.5; let it return named numbers, as {"name": 1.0}' in counts.failed[job.id]
+
+
+@pytest.mark.parametrize("launcher", ["inline", "local"])
+def test_a_function_that_changes_during_a_sweep_is_not_measured(tmp_path, launcher):
+    jobs = [doing(tmp_path, "go", seed=n) for n in range(2)]
+    sweep(jobs[:1], tmp_path / "runs", launcher=launcher, show="off")
+    path = tmp_path / "doing.py"
+    path.write_text(path.read_text().replace("2 * seed", "3 * seed"))
+    counts = sweep(jobs, tmp_path / "runs", launcher=launcher, show="off")
+    assert (counts.done, counts.skipped) == (1, 1)
+    assert "was changed since the study began" in counts.failed[jobs[1].id]
+    assert statuses(tmp_path / "runs", jobs) == ["done", "failed"]
+
+
+def test_runs_record_what_measures_are_checked_against(tmp_path):
+    job = training()
+    sweep([job], tmp_path, launcher="inline", show="off")
+    found = {"train": set(), "validation": set(), "test": set()}
+    for record in metrics.read_metrics(tmp_path / job.id):
+        found[record.pop("split")] |= record.keys() - {"step", "epoch"}
+    evaluated = set(TASKS["classification"].METRICS)
+    assert found == {
+        "train": set(metrics.OF_TRAINING),
+        "validation": evaluated,
+        "test": evaluated,
+    }
+
+
 def test_a_broken_result_is_a_failed_run_and_stays(tmp_path):
     job = training()
     sweep([job], tmp_path, launcher="inline", show="off")
@@ -96,7 +131,12 @@ def test_two_thousand_finished_runs_are_recognised_in_seconds(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"launcher": "slrum"}, "inline"), ({"workers": -1}, "-1 workers"), ({"show": "x"}, "lines")],
+    [
+        ({"launcher": "slrum"}, "inline"),
+        ({"workers": -1}, "-1 workers"),
+        ({"show": "x"}, "lines"),
+        ({"launcher": "inline", "workers": 2}, "2 workers .* take the launcher local"),
+    ],
 )
 def test_bad_options_are_refused(tmp_path, options, part):
     with pytest.raises(UserError, match=part):
@@ -213,7 +253,7 @@ def alive(pid):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_coordinator(tmp_path, number):
-    jobs = [doing(tmp_path, "go", seed=n, seconds=3.0) for n in range(2)]
+    jobs = [doing(tmp_path, "wait", seed=n, log=str(tmp_path / "log")) for n in range(2)]
     process = sweeping(tmp_path / "runs", "local", jobs)
     folders = [tmp_path / "runs" / job.id / "status.json" for job in jobs]
     wait_for(lambda: all(path.exists() for path in folders))
@@ -225,10 +265,35 @@ def test_workers_end_with_their_coordinator(tmp_path, number):
     process.communicate(timeout=20)
     if number == signal.SIGINT:
         assert process.returncode == 75
-        assert statuses(tmp_path / "runs", jobs) == ["running", "running"]
-    wait_for(lambda: not any(map(alive, pids)), 10)
+        wait_for(lambda: not any(map(alive, pids)), 30)
+    assert statuses(tmp_path / "runs", jobs) == ["running", "running"]
+    (tmp_path / "log.go").touch()  # without a coordinator, they end what they are at
+    wait_for(lambda: not any(map(alive, pids)), 30)
     counts = sweep(jobs, tmp_path / "runs", launcher="local", workers=2, show="off")
     assert (counts.done, counts.failed) == (2, {})
+
+
+def test_nobody_is_started_for_the_rest_once_a_sweep_is_to_stop(tmp_path, monkeypatch):
+    """While one worker brings its run to an end, the other is idle and ends."""
+    begun = []
+
+    class Counted(launchers.Worker):
+        def __init__(self, place):
+            begun.append(place)
+            super().__init__(place)
+
+    monkeypatch.setattr(launchers, "Worker", Counted)
+    jobs = [doing(tmp_path, "wait", log=str(tmp_path / "log"))]
+    jobs += [doing(tmp_path, "go", seed=n, seconds=0.2) for n in range(50)]
+    stop, ends = threading.Event(), {}
+    for event in launchers.local(Queue(jobs), Order(tmp_path / "runs", []), 2, stop):
+        if event is not None and event.status == "done":
+            ends[event.id] = event.status
+            if not stop.is_set():
+                stop.set()
+                threading.Timer(3.0, (tmp_path / "log.go").touch).start()
+    assert len(begun) == 2
+    assert ends[jobs[0].id] == "done" and len(ends) < 5
 
 
 # ---- Sharing

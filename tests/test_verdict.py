@@ -19,6 +19,7 @@ from verdict_tools import (
     one,
     ordering,
     slope,
+    tuned,
     value,
 )
 
@@ -166,7 +167,7 @@ def test_holm_runs_over_the_claims_of_the_study():
     assert among[0].p == alone.p
     assert among[0].p_holm > 0.05 and among[0].verdict == "inconclusive"
     assert among[2].p_holm == pytest.approx(min(1, 3 * among[2].p))
-    assert "not with the correction" in among[0].reason
+    assert "not with Holm's correction" in among[0].reason
 
 
 def test_no_claims_no_verdicts():
@@ -275,7 +276,7 @@ def test_a_sentence():
 TEXTS = {
     "a is below b in test accuracy, at x 4": difference(direction="less", where={"x": 4}),
     "a and b differ by less than 0.5 points in test accuracy": equivalence(0.5),
-    "the test accuracy of a is 97.5 %, within 1 points": value(97.5, 1),
+    "the test accuracy of a is 97.5 %, within 1 point": value(97.5, 1),
     "the slope of log2 test accuracy over log2 x is -1 for a, within 0.05": slope(
         expected=-1.0, tolerance=0.05, log_x="2", log_y="2"
     ),
@@ -299,10 +300,75 @@ def test_claims_in_words(text):
 
 
 def test_labels_are_used():
-    values = {"accuracy": frame({"a": ZERO, "b": ZERO})}
+    values = {at(arm, x=x, rate=0.1): exactly(x, 1) for arm in "ab" for x in (1.0, 4.0)}
     made = {"accuracy": claims.final("accuracy")}
-    found = verdict.decide([difference()], values, None, made, {"a": "BatchNorm", "b": "no norm"})
-    assert found[0].text == "BatchNorm is above no norm in test accuracy"
+    arms, axes = {"a": "BatchNorm", "b": "no norm"}, {"x": "batch size", "rate": "learning rate"}
+    tuning = tuned("rate", {(arm, x): 0.1 for arm in "ab" for x in (1.0, 4.0)}, others=["x"])
+    written = [difference(where={"x": 4.0}), difference({"arm": "a", "x": 4.0}, "b"), slope()]
+    written[1] = claims.Difference(
+        treatment={"arm": "a", "x": 4.0}, control={"arm": "b", "x": 1.0}, measure="accuracy"
+    )
+    texts = [
+        "BatchNorm is above no norm in test accuracy, at batch size 4, at the best learning rate "
+        "of each",
+        "BatchNorm (batch size 4) is above no norm (batch size 1) in test accuracy, at the best "
+        "learning rate of each",
+        "the slope of test accuracy over batch size is above 0 for BatchNorm, at the best "
+        "learning rate",
+    ]
+    found = verdict.decide(written, {"accuracy": frame(values)}, tuning, made, arms, axes)
+    assert [one.text for one in found] == texts
+    assert list(found[1].at) == ["BatchNorm (batch size 4)", "no norm (batch size 1)"]
+    assert list(found[2].at) == ["BatchNorm, batch size 1", "BatchNorm, batch size 4"]
+
+
+OPEN = {
+    "includes 0 points": (difference(), {"a": exactly(0.5, 1), "b": ZERO}),
+    "includes +1 point": (difference(sesoi=1), {"a": exactly(1.3, 0.8), "b": ZERO}),
+    "includes 0 and +1 points": (difference(sesoi=1), {"a": exactly(0.6, 1), "b": ZERO}),
+    "includes −1 and 0 points": (
+        difference(sesoi=1, direction="less"),
+        {"a": exactly(-0.6, 1), "b": ZERO},
+    ),
+    "includes −1 point": (equivalence(1), {"a": exactly(-0.6, 1), "b": ZERO}),
+    "includes 6 %": (value(5, 1), {"a": exactly(5.6, 1)}),
+}
+
+
+@pytest.mark.parametrize("words", OPEN)
+def test_what_is_open_is_said_by_the_interval(words):
+    found = one(*OPEN[words])
+    assert found.verdict == "inconclusive"
+    assert found.reason == f"the interval {words}"
+
+
+def test_open_ratios():
+    a = 100 * np.exp(exactly(math.log(1.4), 0.8))
+    found = one(difference(sesoi=2), {"a": a, "b": ZERO + 100}, given=LOG)
+    assert found.reason == "the interval includes ratios of 1 and 2"
+
+
+def test_an_ordering_says_which_pair_its_effect_is_of():
+    arms = {"a": exactly(9, 1), "b": exactly(2, 1)[::-1], "c": ZERO}
+    found = one(ordering(["a", "b", "c"]), arms)
+    assert (found.verdict, found.of) == ("supported", "b over c")
+    assert found.estimate == pytest.approx(2)
+    assert verdict.answer(found).count("The effect of b over c is +2.00 points (95 %") == 1
+    assert [(pair["of"], round(pair["estimate"], 9)) for pair in found.pairs] == [
+        ("a over b", 7),
+        ("b over c", 2),
+    ]
+    reversed_ = one(ordering(["a", "c", "b"]), arms)
+    assert (reversed_.verdict, reversed_.of) == ("refuted", "c over b")
+    assert one(difference(), arms).of == "" and one(difference(), arms).pairs == []
+
+
+def test_an_answer_that_is_shown_counts_though_another_has_a_smaller_p():
+    """All below 0 by the flips, not by the interval; within ±1 by two tests: refuted by these."""
+    a = [-0.02] * 9 + [-0.4]
+    found = one(difference(sesoi=1), {"a": a, "b": ZERO})
+    assert found.p_zero == pytest.approx(2 / 1024) and found.high > 0
+    assert (found.verdict, found.reason) == ("refuted", "it lies between −1 and +1 points")
 
 
 # ---- The whole

@@ -161,6 +161,22 @@ def test_tuning_each_arm_does_not_make_false_verdicts():
     assert found["any"] <= limits(ALPHA, 300)[1]
 
 
+def over_three_points(rng):
+    """Two equal arms; what a seed makes of an arm is much the same at every point."""
+    values = {}
+    for arm in "ab":
+        own = heavy(rng, SEEDS)
+        values |= {at(arm, x=x): x + own + heavy(rng, SEEDS) / 2 for x in (1, 2, 4)}
+    return frame(values)
+
+
+def test_strata_with_the_same_seeds_are_not_taken_for_more_seeds():
+    """400 studies: flips and resamples that broke the seeds up would err several times as often."""
+    claim = difference(strata="x", estimator="iqm", interval="bca")
+    found, _ = simulate([claim], over_three_points, 400)
+    assert found["any"] <= limits(ALPHA, 400)[1]
+
+
 # ---- Power
 
 EFFECTS = {

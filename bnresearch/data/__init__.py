@@ -12,9 +12,9 @@ uses.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from bnresearch.data.base import Dataset, Source
+from bnresearch.data.base import Dataset, Source, check_batch, divide
 from bnresearch.errors import UserError, lookup
 
 DEFAULTS: dict[str, Any] = {
@@ -65,6 +65,27 @@ def load(config: Mapping[str, Any]) -> Dataset:
     from bnresearch.data.memory import InMemory
 
     return InMemory(source, config)
+
+
+class Outline(NamedTuple):
+    """What is known of a dataset before a picture is read; ``shape`` is None where sizes differ."""
+
+    shape: tuple[int, int, int] | None
+    num_classes: int
+
+
+def outline(config: Mapping[str, Any]) -> Outline:
+    """Raises UserError as `load` does, for all that can be seen without reading pictures."""
+    check(config)
+    source = DATASETS.get(config["name"], _tfds)(config)
+    _check_memory(source, config, _streams(source, config))
+    parts = divide(source.lengths, config["validation_fraction"], config["split_seed"])
+    check_batch(source.name, config["batch_size"], len(parts["train"].indices))
+    height, width, channels = source.shape
+    if config["image_size"]:
+        height = width = config["image_size"]
+    shape = None if height is None or width is None else (height, width, channels)
+    return Outline(shape, source.num_classes)
 
 
 def check(config: Mapping[str, Any]) -> None:

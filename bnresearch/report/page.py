@@ -1,6 +1,8 @@
 """What a study's page says, from its results: verdict cards, arms, runs, origin. No layout."""
 
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +10,8 @@ import pandas as pd
 
 from bnresearch import words
 from bnresearch.records import StudyResults
-from bnresearch.report.pictures.design import Design, upper_first
-from bnresearch.report.pictures.effects import Strip, effect, in_words, strip
+from bnresearch.report.pictures.design import KINDS, Design, axis_label, upper_first
+from bnresearch.report.pictures.effects import Effect, Strip, effect, in_words, strip
 
 SYMBOLS: Mapping[str, str] = {"supported": "✓", "refuted": "✗", "inconclusive": "?"}
 STATUSES = ("done", "diverged", "failed", "stopped", "running", "missing", "damaged")
@@ -57,7 +59,7 @@ def _card(results: StudyResults, number: int, verdict: Mapping[str, Any]) -> Car
         verdict["verdict"],
         SYMBOLS[verdict["verdict"]],
         upper_first(verdict["reason"].rstrip(".")) + ".",
-        *(in_words(found) if found else ("no number", "")),
+        *_numbers(found, verdict["of"]),
         words.number(verdict["n"]),
         _facts(results, verdict),
         _warnings(results, verdict),
@@ -65,13 +67,24 @@ def _card(results: StudyResults, number: int, verdict: Mapping[str, Any]) -> Car
     )
 
 
+def _numbers(found: Effect | None, of: str) -> tuple[str, str]:
+    """("+2.3 points", "95 % interval +1.9 to +2.7"), and the pair of an ordering they are of."""
+    if found is None:
+        return "no number", ""
+    estimate, interval = in_words(found)
+    return estimate, f"{interval} ({of})" if of else interval
+
+
 def _facts(results: StudyResults, verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
     claims = len(results.definition["claims"])
     p = _chance(verdict["p"])
     if claims > 1:
-        p += f"; {_chance(verdict['p_holm'])} after correction for {claims} claims (Holm)"
-    facts = [("seeds, n", words.number(verdict["n"])), ("by luck alone, p", p)]
-    facts += [(f"chosen {name}", text) for name, text in _chosen(results, verdict)]
+        p += f"; {_chance(verdict['p_holm'])} by Holm's correction for {claims} claims"
+    facts = [("seeds, n", words.number(verdict["n"])), ("p", p)]
+    for pair in verdict["pairs"]:
+        estimate, interval = _effect_of(results, verdict, pair)
+        facts.append((pair["of"], f"{estimate} ({interval})"))
+    facts += _rates(results, verdict)
     if verdict["verdict"] == "inconclusive":
         facts.append(("enough would have been", _needed(verdict["n_needed"])))
     return facts
@@ -84,20 +97,34 @@ def _chance(p: Any) -> str:
 def _needed(seeds: Any) -> str:
     if not isinstance(seeds, int | float) or not math.isfinite(seeds):
         return "more seeds than can be worked out from these"
-    return f"about {math.ceil(seeds)} seeds, if the effect is as it looks here"
+    return f"about {math.ceil(seeds):,} seeds, if the effect is as it looks here"
 
 
-def _chosen(results: StudyResults, verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
-    tune = results.definition["tune"]
-    if tune is None or not verdict["at"]:
+def _effect_of(
+    results: StudyResults, verdict: Mapping[str, Any], other: Mapping[str, Any]
+) -> list[str]:
+    """Estimate and interval of another effect of the same claim, in words."""
+    found = effect({**verdict, **other}, results.definition["measures"])
+    if found is None:
+        return ["no number", ""]
+    estimate, interval = in_words(found)
+    return [estimate, interval.removeprefix("95 % interval ")]
+
+
+def _rates(results: StudyResults, verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The value of the tuned axis that each side takes, or that the claim fixes for both."""
+    tune, at = results.definition["tune"], verdict["at"]
+    if tune is None or not at:
         return []
-    arms = results.definition["arms"]
-    label = results.definition["axes"][tune["axis"]].get("label") or tune["axis"]
-    values = [
-        f"{arms.get(side, {}).get('label') or side}: {words.setting(value)}"
-        for side, value in verdict["at"].items()
-    ]
-    return [(label, ", ".join(values))]
+    label = _label(results, tune["axis"])
+    if verdict["claim"]["at"] != "best":
+        return [(label, f"{words.setting(verdict['claim']['at'])}, fixed by the claim")]
+    values = [f"{side}: {words.setting(value)}" for side, value in at.items()]
+    return [(f"chosen {label}", ", ".join(values))]
+
+
+def _label(results: StudyResults, axis: str) -> str:
+    return results.definition["axes"][axis].get("label") or axis
 
 
 def _warnings(results: StudyResults, verdict: Mapping[str, Any]) -> list[str]:
@@ -108,17 +135,22 @@ def _warnings(results: StudyResults, verdict: Mapping[str, Any]) -> list[str]:
     if lost:
         named = ", ".join(f"{count} {why}" for why, count in lost.items())
         found.append(f"Left out for want of a value: {named}.")
+    since = len(results.damaged.keys() & set(verdict["runs"])) - lost.get("damaged", 0)
+    if since > 0:
+        found.append(
+            f"Damaged since the verdict was given: {words.count(since, 'run')} behind it. Run the "
+            "study again."
+        )
     tuning = results.tuning
-    if tuning is None:
+    if tuning is None or verdict["claim"]["at"] != "best":
         return found
-    label = results.definition["axes"][tuning.axis].get("label") or tuning.axis
+    label = _label(results, tuning.axis)
     edges = tuning.chosen[tuning.chosen["edge"] != ""]
     ends = dict(zip(edges[tuning.axis], edges["edge"], strict=True))
     for side, value in (verdict["at"] or {}).items():
         if value in ends:
-            name = results.definition["arms"].get(side, {}).get("label") or side
             found.append(
-                f"{name}: the chosen {label} {words.setting(value)} is the {ends[value]} that was "
+                f"{side}: the chosen {label} {words.setting(value)} is the {ends[value]} that was "
                 "tried; there may be a better one beyond."
             )
     return found
@@ -150,6 +182,16 @@ def undecided(results: StudyResults) -> str:
 
 
 # ---- Arms and runs
+
+
+def paragraphs(text: str) -> list[tuple[bool, str]]:
+    """(whether it is code, text) of each part of a docstring; prose without its line breaks."""
+    parts = [part for part in re.split(r"\n\s*\n", textwrap.dedent(text)) if part.strip()]
+    indented = [part.startswith("    ") for part in parts]
+    return [
+        (True, textwrap.dedent(part)) if code else (False, " ".join(part.split()))
+        for code, part in zip(indented, parts, strict=True)
+    ]
 
 
 def arms(results: StudyResults, design: Design) -> list[dict[str, Any]]:
@@ -219,12 +261,54 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def summary(design: Design, means: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    """Means with intervals and n, and beside them how many runs diverged at the same place."""
-    by = ["arm", *(name for name in design.axes if name in frame)]
-    places = frame.groupby(by, sort=False)["status"]
-    diverged = places.agg(lambda found: int((found == "diverged").sum()))
-    return diverged.rename("diverged").reset_index().merge(means, on=by, how="left")
+class Numbers(NamedTuple):
+    """A measure as a table: a row per arm and place, at the chosen values of a tuned axis."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def numbers(design: Design, measure: Mapping[str, Any], table: pd.DataFrame) -> Numbers:
+    """What `verdict.cells` made of a measure, in words."""
+    axes = [name for name in design.axes if name in table]
+    table = design.at_chosen(table)
+    bounds, diverged = table["censored"].any(), "diverged" in table and table["diverged"].any()
+    columns = ["arm", *map(design.label, axes), "n", *["of them bounds"] * bool(bounds)]
+    columns += ["estimate", "95 % interval", *["diverged (95 % interval)"] * bool(diverged)]
+    rows = []
+    for row in table.to_dict("records"):
+        place = [design.keys[row["arm"]].label, *(words.setting(row[name]) for name in axes)]
+        counts = [str(row["n"])] + [str(row["censored"])] * bool(bounds)
+        rows.append([*place, *counts, *_centre(row), *(_share(row) if diverged else [])])
+    return Numbers(f"{upper_first(axis_label(measure))} in numbers", columns, rows)
+
+
+def same_rates(results: StudyResults) -> list[Numbers]:
+    """The effects with both sides at the same value of the tuned axis; on a plot the small ones
+    are hard to tell from nothing."""
+    found = []
+    for number, verdict in enumerate(results.definition["verdicts"] or [], start=1):
+        rows = [
+            [words.setting(row["value"]), str(row["n"]), *_effect_of(results, verdict, row)]
+            for row in verdict["same_rate"]
+        ]
+        if rows and results.tuning is not None:
+            label = _label(results, results.tuning.axis)
+            columns = [f"{label} of both", "n", "effect", "95 % interval"]
+            found.append(Numbers(f"Claim {number} at the same {label}", columns, rows))
+    return found
+
+
+def _centre(row: Mapping[Any, Any]) -> list[str]:
+    mean, low, high = words.together([row["mean"], row["low"], row["high"]])
+    kind = KINDS.get(row["kind"], "mean")
+    return [f"{kind} {mean}" if row["n"] else words.NOTHING, f"{low} to {high}"]
+
+
+def _share(row: Mapping[Any, Any]) -> list[str]:
+    low, high = (round(100 * row[f"diverged_{end}"]) for end in ("low", "high"))
+    return [f"{row['diverged']} ({low} to {high} %)"]
 
 
 # ---- Where the numbers come from

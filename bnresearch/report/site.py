@@ -19,13 +19,13 @@ import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from bnresearch import measures, rundir, words
+from bnresearch import measures, rundir, verdict, words
 from bnresearch.claims import measure_from_json
 from bnresearch.errors import UserError
 from bnresearch.records import StudyResults
 from bnresearch.report import page
 from bnresearch.report.pictures import curves, effects, measured, paper, screen
-from bnresearch.report.pictures.design import Design, file_name, logarithmic, means_of
+from bnresearch.report.pictures.design import Design, file_name
 from bnresearch.report.pictures.marks import Picture
 
 MARK = "site.json"  # what a folder has to hold before it is replaced
@@ -39,6 +39,7 @@ class Section(NamedTuple):
     anchor: str
     title: str
     pictures: Sequence[Picture]
+    tables: Sequence[page.Numbers] = ()
 
 
 def write(results: Sequence[StudyResults], out: Path | str) -> Path:
@@ -51,7 +52,7 @@ def write(results: Sequence[StudyResults], out: Path | str) -> Path:
     Raises:
       UserError: ``out`` holds something else than a site, or cannot be written.
     """
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = Path(os.path.abspath(os.path.expanduser(out)))
     building = out.with_name(f".{out.name}.new")
     _check(out)
     try:
@@ -135,7 +136,11 @@ def _study(folder: Path, about: Mapping[str, Any]) -> None:
     if results.tuning is not None:
         chosen = results.tuning.chosen[["arm", *results.axes]]
     design = Design.of(results.definition, chosen)
-    sections = list(_sections(results, design))
+    cells = {
+        name: verdict.cells(values, results.measures[name])
+        for name, values in results.values.items()
+    }
+    sections = list(_sections(results, design, cells))
     found = [picture for section in sections for picture in section.pictures]
     for picture in found:
         paper.save(picture, folder / "figures")
@@ -150,12 +155,15 @@ def _study(folder: Path, about: Mapping[str, Any]) -> None:
         sections=sections,
         arms=page.arms(results, design),
         counts=page.counts(results),
+        about_it=page.paragraphs(results.definition.get("about") or ""),
         origin=page.origin(results),
-        tables=_tables(results, design, runs, folder / "tables"),
+        tables=_tables(results, cells, folder / "tables"),
     )
 
 
-def _sections(results: StudyResults, design: Design) -> Iterator[Section]:
+def _sections(
+    results: StudyResults, design: Design, cells: Mapping[str, pd.DataFrame]
+) -> Iterator[Section]:
     """The pictures of a study, those first that its verdicts rest on."""
     definition = results.definition
     verdicts = definition.get("verdicts") or []
@@ -164,7 +172,7 @@ def _sections(results: StudyResults, design: Design) -> Iterator[Section]:
     both = effects.same_rate(design, verdicts, plain)
     shown = [picture for picture in (plot, both) if picture is not None]
     if shown:
-        yield Section("effects", "Effects", shown)
+        yield Section("effects", "Effects", shown, page.same_rates(results))
     shown = [
         picture
         for name, values in results.values.items()
@@ -172,7 +180,8 @@ def _sections(results: StudyResults, design: Design) -> Iterator[Section]:
         if values["value"].notna().any()
     ]
     if shown:
-        yield Section("measures", "What was measured", shown)
+        tables = [page.numbers(design, plain[name], cells[name]) for name in cells]
+        yield Section("measures", "What was measured", shown, tables)
     if results.tuning is not None:
         yield Section("tuning", "What was chosen", list(_tuning(results, design)))
     shown = list(_curves(results, design))
@@ -196,17 +205,19 @@ def _tuning(results: StudyResults, design: Design) -> Iterator[Picture]:
 
 def _curves(results: StudyResults, design: Design) -> Iterator[Picture]:
     status = results.runs[["arm", *results.axes, "seed", "status"]]
+    for split, metric in _recorded(results):
+        frame = results.curves(split, metric).merge(status, how="left")
+        frame["done"] = frame.pop("status") == "done"
+        picture = curves.curves(design, frame, split, metric)
+        if picture is not None:
+            yield picture
+
+
+def _recorded(results: StudyResults) -> list[tuple[str, str]]:
+    """The curves worth a picture that the runs have: (split, metric)."""
     there = {key for run in results.records for key in run.files.curves}
-    wanted = dict.fromkeys(
-        [*CURVES, *((m.split, m.metric) for m in results.measures.values() if m.split != "test")]
-    )
-    for split, metric in wanted:
-        if (split, metric) in there:
-            frame = results.curves(split, metric).merge(status, how="left")
-            frame["done"] = frame.pop("status") == "done"
-            picture = curves.curves(design, frame, split, metric)
-            if picture is not None:
-                yield picture
+    measured = [(m.split, m.metric) for m in results.measures.values() if m.split != "test"]
+    return [key for key in dict.fromkeys([*CURVES, *measured]) if key in there]
 
 
 def _copy_configs(results: StudyResults, folder: Path) -> None:
@@ -232,7 +243,7 @@ def _json(panel: Any) -> str:
 
 
 def _tables(
-    results: StudyResults, design: Design, runs: Mapping[str, Any], folder: Path
+    results: StudyResults, cells: Mapping[str, pd.DataFrame], folder: Path
 ) -> list[tuple[str, str]]:
     """Writes every table as CSV; returns (file, what it is)."""
     found: list[tuple[str, str, pd.DataFrame]] = [
@@ -240,26 +251,41 @@ def _tables(
     ]
     if len(results.verdicts):
         found.append(("verdicts", "every claim with its verdict", results.verdicts))
+        found.append(("effects", "the effect that a claim is about, every seed", _effects(results)))
+        same = _same_rate(results)
+        if len(same):
+            found.append(("same_rate", "effects with both sides at the same setting", same))
     for name, values in results.values.items():
-        label = results.definition["measures"][name]["label"]
-        found.append((f"values_{file_name(name)}", f"{label}: every seed", values))
-        means = _means(design, results.definition["measures"][name], values)
-        found.append((f"means_{file_name(name)}", f"{label}: means with intervals", means))
+        label, file = results.measures[name].label, file_name(name)
+        found.append((f"values_{file}", f"{label}: every seed", values))
+        found.append((f"means_{file}", f"{label}: estimates with intervals", cells[name]))
     if results.tuning is not None:
         found.append(("tuning", "what was tried and chosen", results.tuning.candidates))
-    for split, metric in CURVES:
-        if any((split, metric) in run.files.curves for run in results.records):
-            frame = results.curves(split, metric)
-            found.append((f"curves_{split}_{metric}", f"{split} {metric} along training", frame))
+    for split, metric in _recorded(results):
+        frame = results.curves(split, metric)
+        about = f"{split} {metric} along training"
+        found.append((f"curves_{file_name(split, metric)}", about, frame))
     for name, _, frame in found:
         frame.to_csv(folder / f"{name}.csv", index=False)
     return [(f"{name}.csv", about) for name, about, _ in found]
 
 
-def _means(design: Design, measure: Mapping[str, Any], values: pd.DataFrame) -> pd.DataFrame:
-    by = ["arm", *(name for name in design.axes if name in values)]
-    means = means_of(values[values["value"].notna()], by, logarithmic(measure))
-    return page.summary(design, means, values)
+def _effects(results: StudyResults) -> pd.DataFrame:
+    rows = [
+        {"claim": number, "seed": seed, "effect": value}
+        for number, one in enumerate(results.definition["verdicts"], start=1)
+        for seed, value in one["points"].items()
+    ]
+    return pd.DataFrame(rows, columns=["claim", "seed", "effect"])
+
+
+def _same_rate(results: StudyResults) -> pd.DataFrame:
+    rows = [
+        {"claim": number, **row}
+        for number, one in enumerate(results.definition["verdicts"], start=1)
+        for row in one["same_rate"]
+    ]
+    return pd.DataFrame(rows)
 
 
 # ---- Templates

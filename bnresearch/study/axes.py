@@ -39,16 +39,21 @@ class Axis:
     def __post_init__(self) -> None:
         if not self.points:
             raise UserError(f"axis {self.label!r} has no values; give at least one")
+        known = set[Value]()
         for value in self.values:
-            if isinstance(value, bool) or not isinstance(value, int | float | str):
+            if not _is_name(value):
                 raise UserError(
                     f"axis value {value!r} is neither a number nor a string; name such values with "
                     "settings({'name': {'key': value}})"
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"axis value {value} is not a finite number")
-            if self.values.count(value) > 1:
+            if value in known:
                 raise UserError(f"axis value {value!r} is there more than once; leave one of them")
+            known.add(value)
+        for key in self.keys:
+            if not isinstance(key, str):
+                raise UserError(f"axis key {key!r} is no config key; write it in quotes")
         if self.log and not (self.numeric and min(self.values) > 0):
             raise UserError(f"axis values {self.values} cannot be logarithmic; drop log=True")
 
@@ -124,19 +129,36 @@ def log_uniform(low: float, high: float) -> Distribution:
 
 def choice(values: Sequence[Any]) -> Distribution:
     """One of ``values``, all equally likely."""
-    return lambda generator: _plain(values[int(generator.integers(len(values)))])
+    return lambda generator: values[int(generator.integers(len(values)))]
 
 
 def random(values: Mapping[str, Distribution], n: int, label: str = "", *, seed: int = 0) -> Axis:
     """``n`` random settings of the keys, the same ones for all arms.
 
-    More of them begin with the same ones. The points of one key are called by its values, those of
-    several keys by their number, from 0.
+    More of them begin with the same ones. The points of one key are called by its values if these
+    are all different, those of several keys by their number, from 0.
     """
     generator = np.random.default_rng(seed)
-    drawn = [{key: draw(generator) for key, draw in values.items()} for _ in range(n)]
-    called = [next(iter(given.values())) for given in drawn] if len(values) == 1 else range(n)
+    drawn = [{key: _plain(draw(generator)) for key, draw in values.items()} for _ in range(n)]
+    called: Sequence[Any] = range(n)
+    if len(values) == 1:
+        called = [next(iter(given.values())) for given in drawn]
+        if not all(map(_is_name, called)):
+            raise UserError(
+                f"random() calls the points of one key by its values, which {called[0]!r} cannot "
+                "be; use settings({'name': {'key': value}})"
+            )
+        if len(set(called)) < n:
+            raise UserError(
+                f"random() draws the same value of {next(iter(values))!r} more than once; draw "
+                "fewer, or list the values with grid()"
+            )
     return Axis(tuple(map(Point, called, drawn)), label)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a point can be called by it in tables and claims."""
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
 
 
 def _rounded(value: float) -> float:

@@ -197,3 +197,16 @@ def check_axes_matter(extent: Extent, settled: dict[Cell, Settled]) -> None:
                 f"{', '.join(axis.keys) or 'no key'} give the same runs; leave it out, or choose "
                 "what it belongs to (an option of a choice that is not made has no effect)"
             )
+
+
+def check_metrics(study: Study, subject: Subject, settled: Mapping[Cell, Settled]) -> None:
+    """UserError for a measure of something that the runs do not record."""
+    measures = {f"measure {name!r}": measure for name, measure in study.measures.items()}
+    if study.tune is not None:
+        measures["tune"] = tuning_measure(study)
+    for name, measure in measures.items():
+        for config in settled.values() if measure.metric else ():
+            known = subject.metrics(config, measure.split)
+            if known is not None:
+                what = f"metric of split {measure.split!r} in {name}"
+                lookup(dict.fromkeys(known), measure.metric, what)

@@ -1,5 +1,6 @@
 """Whether claims can be decided by the runs of a study: asked before the first of them."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from bnresearch.errors import UserError, lookup
 from bnresearch.study.axes import Axis
 
 SPLITS = ("train", "validation", "test")
+ALONG = ("best", "area", "steps_to")  # measures of a whole curve
 DIRECTIONS = ("greater", "less")
 ESTIMATORS = ("mean", "iqm")
 INTERVALS = ("t", "bca", "percentile")
@@ -47,6 +49,11 @@ def check_measure(name: str, measure: Measure, axes: Mapping[str, Axis], trains:
         raise UserError(
             f"measure {name!r} looks along a training, but this study measures a function: use "
             "final('name') for a number that the function returns"
+        )
+    if trains and measure.split == "test" and measure.how in ALONG:
+        raise UserError(
+            f"measure {name!r} looks along the split 'test', which is evaluated once, when a run "
+            f"ends; take {measure.how}(..., split='validation'), or final()"
         )
     if collapsed(measure) is not None:
         _numeric_axis(axes, collapsed(measure), f"measure {name!r}")
@@ -78,6 +85,8 @@ def check_claim(claim: Claim, number: int, scene: Scene) -> None:
     _check_words(claim, who)
     if isinstance(claim, Slope):
         _check_slope(claim, measure, scene, who)
+    if isinstance(claim, Difference) and claim.strata:
+        _check_strata(claim, measure, scene, who)
     places = [_check_place(place, claim, measure, scene, who) for place in sides(claim)]
     for index, place in enumerate(places):
         if place in places[:index]:
@@ -143,6 +152,8 @@ def free_axes(claim: Claim, measure: Measure, tuned: str | None) -> dict[str, st
         free[axis] = f"measure {claim.measure!r} takes all of its values together"
     if isinstance(claim, Slope):
         free[claim.axis] = "the slope is along it"
+    if isinstance(claim, Difference) and claim.strata:
+        free[claim.strata] = "its values are strata: all are taken together"
     return free
 
 
@@ -156,12 +167,26 @@ def _check_value(name: str, value: Any, axes: Mapping[str, Axis], who: str) -> N
 
 def _check_tuned(claim: Claim, scene: Scene, free: Mapping[str, str], who: str) -> None:
     if claim.at == "best":
+        _check_one_best(claim, scene, free, who)
         return
     if scene.tuned is None:
         raise UserError(f"{who} has at={claim.at!r}, but the study tunes no axis; use where=...")
     if not free[scene.tuned].startswith("the study tunes"):
         raise UserError(f"{who} has at={claim.at!r}, but {free[scene.tuned]}; leave it out")
     _check_value(scene.tuned, claim.at, scene.axes, who)
+
+
+def _check_one_best(claim: Claim, scene: Scene, free: Mapping[str, str], who: str) -> None:
+    """Arms are tuned at each point of the other axes: a measure of several has no best value."""
+    axis, tuned = collapsed(scene.measures[claim.measure]), scene.tuned
+    if axis is None or tuned is None or not free[tuned].startswith("the study tunes"):
+        return
+    if len(scene.axes[axis].points) > 1:
+        raise UserError(
+            f"{who}: measure {claim.measure!r} takes all values of axis {axis!r} together, but at "
+            f"each of them an arm has its own best {tuned!r}; compare at a common one with at=..., "
+            f"one of: {_listed(scene.axes[tuned].values)}"
+        )
 
 
 def _listed(values: Sequence[Any]) -> str:
@@ -176,6 +201,15 @@ def _check_slope(claim: Slope, measure: Measure, scene: Scene, who: str) -> None
         raise UserError(f"{who} needs two or more values on axis {claim.axis!r}, there is one")
     if claim.log_x and min(axis.values) <= 0:
         raise UserError(f"{who} takes logarithms of axis {claim.axis!r}: {_listed(axis.values)}")
+
+
+def _check_strata(claim: Difference, measure: Measure, scene: Scene, who: str) -> None:
+    axis = lookup(scene.axes, claim.strata, f"axis in {who}")
+    taken = free_axes(dataclasses.replace(claim, strata=""), measure, scene.tuned)
+    if claim.strata in taken:
+        raise UserError(f"{who} has strata={claim.strata!r}, but {taken[claim.strata]}")
+    if len(axis.points) < 2:
+        raise UserError(f"{who} needs two or more values on axis {claim.strata!r}, there is one")
 
 
 def _check_words(claim: Claim, who: str) -> None:

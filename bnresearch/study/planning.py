@@ -15,8 +15,8 @@ from bnresearch.claims import (
     Slope,
     to_json,
 )
-from bnresearch.config import config_hash
 from bnresearch.errors import UserError
+from bnresearch.rundir import config_hash
 from bnresearch.study import checks, claim_checks
 from bnresearch.study.axes import (
     Axis,
@@ -136,6 +136,7 @@ def plan(
     settled = _settle(study, extent, subject)
     checks.check_arms_differ(extent, subject, settled)
     checks.check_axes_matter(extent, settled)
+    checks.check_metrics(study, subject, settled)
     runs = [run for cell in settled for run in _runs(extent, cell, settled[cell])]
     few = claim_checks.notes(study.claims, len(extent.seeds)) if scale != "smoke" else []
     name = Path(file).stem
@@ -217,7 +218,7 @@ def describe(plan: Plan, command: Sequence[str]) -> dict[str, Any]:
         "name": plan.name,
         "file": plan.file,
         "title": title or study.question,
-        "about": about.strip(),
+        "about": about.strip("\n"),  # an indented first line is code
         "question": study.question,
         "source": study.source,
         "prediction": study.prediction,

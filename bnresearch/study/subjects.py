@@ -6,7 +6,7 @@ Both turn overrides into what a run folder's config.json holds, or say why they 
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from bnresearch import config as configs
 from bnresearch import config_file, norm_config
 from bnresearch.errors import UserError, lookup
+from bnresearch.metrics import OF_TRAINING
 from bnresearch.parallel import parse_scope
+from bnresearch.tasks import TASKS
 
 FUNCTION_SCHEMA = 1
 
@@ -45,6 +47,9 @@ class Subject(Protocol):
     def ignored(self, key: str, settled: Settled) -> str:
         """Why ``key`` makes no difference there, or "" if it could."""
 
+    def metrics(self, settled: Settled, split: str) -> Sequence[str] | None:
+        """What such runs record of a split; None where nobody knows before they run."""
+
 
 class Training:
     """Training runs, from the config file at ``base``."""
@@ -71,7 +76,7 @@ class Training:
                     f"{group[0]!r}"
                 )
             if key not in self._known:
-                configs.unresolve({"schema": configs.SCHEMA, key: None})  # suggests known keys
+                raise configs.unknown_key(key, self._known)
 
     def settle(self, overrides: Mapping[str, Any]) -> Settled:
         config = self._config.copy_and_resolve_references()
@@ -106,6 +111,9 @@ class Training:
                     return f"{path}.{choice} is {node[choice]!r}"
         return ""
 
+    def metrics(self, settled: Settled, split: str) -> Sequence[str] | None:
+        return OF_TRAINING if split == "train" else TASKS[settled.resolved["task"]["name"]].METRICS
+
 
 def _like(typical: Any, value: Any) -> Any:
     """``value`` as the type of ``typical`` where nothing is lost: 1 is a float, [8, 8] a tuple."""
@@ -118,6 +126,11 @@ def _like(typical: Any, value: Any) -> Any:
     return tuple(value) if isinstance(typical, tuple) and isinstance(value, list) else value
 
 
+def identity(function: Callable[..., Any]) -> str:
+    """sha256 of the text of a function: by which runs know what was measured."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+
+
 class Measuring:
     """Calls of ``function(seed=..., **settings)``, which trains nothing and returns named numbers.
 
@@ -127,7 +140,7 @@ class Measuring:
 
     def __init__(self, function: Callable[..., Mapping[str, float]]):
         try:
-            self._source = inspect.getsource(function)
+            self._identity = identity(function)
             self._name = function.__name__
             self._signature = inspect.signature(function)
         except (OSError, TypeError, ValueError, AttributeError):
@@ -168,7 +181,7 @@ class Measuring:
         resolved = {
             "schema": FUNCTION_SCHEMA,
             "function": self._name,
-            "source": hashlib.sha256(self._source.encode()).hexdigest(),
+            "source": self._identity,
             "arguments": arguments,
             "seed": 0,
         }
@@ -176,3 +189,6 @@ class Measuring:
 
     def ignored(self, key: str, settled: Settled) -> str:
         return ""
+
+    def metrics(self, settled: Settled, split: str) -> Sequence[str] | None:
+        return None

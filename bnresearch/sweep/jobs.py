@@ -18,7 +18,7 @@ class Job(NamedTuple):
       arm: under which the display counts it.
       resolved: what its config.json holds.
       program: equal for jobs that share a compiled program (config.program_key).
-      function: for studies without training, (study file, name of the function).
+      measures: the study file whose function the job calls; "": it trains.
     """
 
     id: str
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     arm: str
     resolved: dict[str, Any]
     program: str = ""
-    function: tuple[str, str] | None = None
+    measures: str = ""
 
 
 class Order(NamedTuple):

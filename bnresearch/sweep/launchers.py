@@ -76,6 +76,8 @@ def local(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Ev
                 if event is None:
                     pool.remove(worker)
                     yield from _bury(worker, queue, order, stop)
+                    if stop.is_set():
+                        continue
                     futile = 0 if worker.ready else futile + 1
                     if futile >= FUTILE_STARTS:
                         raise RuntimeError("workers end before they are ready; see what they say")
@@ -274,6 +276,7 @@ def gpus() -> list[str]:
 LAUNCHERS: dict[str, Launcher] = {"inline": inline, "local": local}
 
 
-def choose(jobs: int) -> str:
-    """The launcher for so many jobs: worker processes where there is work and room for them."""
-    return "local" if jobs > 8 and default_workers() > 1 else "inline"
+def choose(jobs: int, workers: int) -> str:
+    """The launcher for so many jobs: worker processes where they are asked for, or where there is
+    work and room for them."""
+    return "local" if workers or (jobs > 8 and default_workers() > 1) else "inline"

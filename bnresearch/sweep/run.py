@@ -49,13 +49,14 @@ def sweep(
     Args:
       jobs: what to run; of several with one id the first counts.
       folder: where their run folders lie.
-      launcher: a name in LAUNCHERS; "auto": local where there is work and room for it.
+      launcher: a name in LAUNCHERS; "auto": local where there is work and room for it, or where
+        workers are asked for.
       workers: how many worker processes; 0: one per GPU or core.
       show: progress as "bar" (a table), "lines" or "off"; "auto": a bar on a terminal.
       command: recorded in the runs' status.json; that of this process by default.
 
     Raises:
-      UserError: an unknown launcher or display.
+      UserError: an unknown launcher or display, or workers for a launcher that has none.
       SweepStopped: SIGTERM or Ctrl-C; the states are saved, the same call goes on. A second one
         raises KeyboardInterrupt at once: runs then go on from their newest checkpoints.
     """
@@ -66,7 +67,7 @@ def sweep(
     ended = {job: status for job in known if (status := _result(order.folder / job))}
     missing = [job for job in known.values() if job.id not in ended]
     tally, failed = Tally(known.values(), ended), dict[str, str]()
-    launch = LAUNCHERS[choose(len(missing)) if launcher == "auto" else launcher]
+    launch = LAUNCHERS[choose(len(missing), workers) if launcher == "auto" else launcher]
     if missing:
         with stop_requests() as stop, board(show, tally) as display:
             events = launch(Queue(missing), order, workers, stop)
@@ -88,6 +89,11 @@ def check_options(launcher: str, workers: int, show: str) -> None:
     lookup({"auto": None, **LAUNCHERS}, launcher, "launcher")
     if workers < 0:
         raise UserError(f"{workers} workers given; give 0 for one per device, or more")
+    if workers and launcher == "inline":
+        raise UserError(
+            f"{workers} workers given, but the launcher inline has none: it runs everything in "
+            "this process; take the launcher local, or leave the workers out"
+        )
 
 
 def _result(path: Path) -> str | None:

@@ -1,23 +1,24 @@
 """Carries out jobs: in this process, or as a worker process that gets them over a socket.
 
-    python -m bnresearch.sweep.worker SOCKET CORES     (started by launchers.py)
+    main([SOCKET, CORES])     (in a process that launchers.py starts)
 
 A worker that loses its coordinator, or is asked to stop, saves the run it is at and ends.
 """
 
 import contextlib
+import functools
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bnresearch import rundir
-from bnresearch.errors import Diverged, InUse, Stopped
+from bnresearch.errors import Diverged, InUse, Stopped, UserError
 from bnresearch.sweep.jobs import Event, Job, Order
 
 LEFT = 75  # exit code of a worker that was asked to end: a job it still has was not begun
@@ -26,7 +27,7 @@ LEFT = 75  # exit code of a worker that was asked to end: a job it still has was
 def carry_out(job: Job, order: Order, stop: threading.Event) -> Event:
     """Bring a job to its end; whatever goes wrong is recorded in its folder and told."""
     try:
-        _train(job, order, stop) if job.function is None else _measure(job, order)
+        _measure(job, order) if job.measures else _train(job, order, stop)
     except Diverged as error:
         return Event(job.id, "diverged", str(error))
     except Stopped as error:
@@ -68,16 +69,25 @@ def _train(job: Job, order: Order, stop: threading.Event) -> None:
 
 def _measure(job: Job, order: Order) -> None:
     """Call the function of a study without training; its numbers are those of the "test" split."""
-    from bnresearch import study
+    from bnresearch.study import subjects
 
-    assert job.function is not None
     started = time.monotonic()
-    function: Any = study.load(job.function[0]).function
+    function = _function(job.measures, os.stat(job.measures).st_mtime_ns)
+    if subjects.identity(function) != job.resolved["source"]:
+        raise UserError(
+            f"the function in {job.measures} was changed since the study began; run the same "
+            "command again to measure the new one"
+        )
     with rundir.open_run(order.folder / job.id, job.resolved, order.command) as folder:
         if rundir.read_result(folder.path) is not None:
             return
         folder.set_status("running", 0)
         values = function(seed=job.resolved["seed"], **job.resolved["arguments"])
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"{function.__name__}() in {job.measures} returns {values!r}; let it return named "
+                'numbers, as {"name": 1.0}'
+            )
         result = {
             "schema": rundir.SCHEMA,
             "status": "done",
@@ -87,6 +97,14 @@ def _measure(job: Job, order: Order) -> None:
         }
         folder.write_result(result)
         folder.set_status("done", 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _function(file: str, changed: int) -> Any:
+    """The function of a study file, which is read once per worker and change."""
+    from bnresearch import study
+
+    return study.load(file).function
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -122,4 +140,3 @@ def main(arguments: Sequence[str]) -> None:
             connection.send(event)
     # What it did is on disk; jax takes its time to end in good order.
     os._exit(LEFT)
-

@@ -17,6 +17,7 @@ class Classification:
     """
 
     OPTIONS: Mapping[str, Any] = dict(label_smoothing=0.0)
+    METRICS = ("loss", "accuracy", "count")  # the keys of what `metrics` returns
 
     @staticmethod
     def loss(logits: jax.Array, batch: Batch, label_smoothing: Any) -> jax.Array:

@@ -9,6 +9,6 @@ estimate.py   intervals and p-values from scipy and statsmodels;   power.py   se
 wording.py    claims in words and their units;   table.py   verdicts for a terminal
 """
 
-from bnresearch.verdict.deciding import Verdict, answer, cells, decide, effect_of
+from bnresearch.verdict.deciding import Verdict, answer, cells, decide
 
-__all__ = ["Verdict", "answer", "cells", "decide", "effect_of"]
+__all__ = ["Verdict", "answer", "cells", "decide"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from statsmodels.duration.survfunc import SurvfuncRight
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
@@ -76,14 +77,13 @@ def t_interval(x: np.ndarray) -> Interval:
     return Interval(mean, float(low), float(high), "t")
 
 
-def bootstrap_interval(
-    *strata: np.ndarray, estimator: str = "mean", method: str = "bca"
-) -> Interval:
-    """Bootstrap interval of the estimator, averaged over strata (Efron 1987; scipy).
+def bootstrap_interval(x: np.ndarray, estimator: str = "mean", method: str = "bca") -> Interval:
+    """Bootstrap interval of the estimator (Efron 1987; scipy).
 
     Args:
-      strata: samples, each resampled by itself, so that every resample has as many of each as there
-        are; for paired seeds, the one sample of their differences.
+      x: [n] a number per seed; or [n, strata], whose estimate is that of all numbers together, as
+        in Agarwal et al. 2021. Every resample has n numbers of each stratum. They are those of the
+        same seeds, since the numbers of a seed are not independent.
       estimator: a key of ESTIMATORS.
       method: "bca" (bias-corrected and accelerated) or "percentile". Where the jackknife that bca
         rests on has no spread, the percentiles are taken, and ``kind`` says so.
@@ -92,12 +92,13 @@ def bootstrap_interval(
     normal numbers): verdicts ask the sign-flip test as well.
     """
     centre = ESTIMATORS[estimator]
+    strata = tuple(np.atleast_2d(x.T))
 
     def statistic(*samples: np.ndarray, axis: int = -1) -> Any:
-        return sum(centre(sample, axis=axis) for sample in samples) / len(samples)
+        return centre(np.concatenate(samples, axis=axis), axis=axis)
 
-    value = float(statistic(*strata)) if all(map(len, strata)) else NAN
-    if any(len(x) < 2 for x in strata):
+    value = float(statistic(*strata)) if len(x) else NAN
+    if len(x) < 2:
         return Interval(value, NAN, NAN, method)
     if all(map(constant, strata)):
         return Interval(value, value, value, method)
@@ -110,10 +111,11 @@ def bootstrap_interval(
             n_resamples=RESAMPLES,
             confidence_level=CONFIDENCE,
             vectorized=True,
+            paired=True,
             rng=np.random.default_rng(0),
         ).confidence_interval
     if method == "bca" and np.isnan([low, high]).any():
-        return bootstrap_interval(*strata, estimator=estimator, method="percentile")
+        return bootstrap_interval(x, estimator, "percentile")
     return Interval(value, float(low), float(high), method)
 
 
@@ -139,6 +141,29 @@ def median_interval(at: np.ndarray, low: np.ndarray, high: np.ndarray) -> Interv
     return Interval(float(np.median(at)), float(ends[0]), float(ends[1]), "median")
 
 
+def censored_median(at: np.ndarray, censored: np.ndarray) -> Interval:
+    """Median of numbers of which some are only bounds: Kaplan and Meier's (1958), with the interval
+    of Brookmeyer and Crowley (1982) on the scale of log(-log S); statsmodels SurvfuncRight.
+
+    Args:
+      at: [n] the numbers, censored ones at their bound.
+      censored: [n] 1 for "at least so much", -1 for "at most", 0 for exact.
+
+    Infinite where it is not reached. With bounds on either side, see `median_interval`.
+    """
+    if len(at) < 2 or set(censored) >= {1, -1}:
+        low, high = np.where(censored < 0, -np.inf, at), np.where(censored > 0, np.inf, at)
+        return median_interval(at, low, high)
+    sign = censored[censored != 0][0]
+    curve = SurvfuncRight(sign * at, (censored == 0).astype(int))
+    with np.errstate(divide="ignore", invalid="ignore"):  # where S is 0 or 1
+        ends = [curve.quantile(0.5), *curve.quantile_ci(0.5)]
+    median, low, high = (
+        sign * float(np.nan_to_num(end, nan=np.inf, posinf=np.inf)) for end in ends
+    )
+    return Interval(median, min(low, high), max(low, high), "kaplan-meier")
+
+
 def wilson(count: int, n: int) -> Interval:
     """A share with the Wilson score interval (Wilson 1927; statsmodels): count of n."""
     if n == 0:
@@ -157,15 +182,21 @@ def sign_flips(x: np.ndarray, bound: float = 0.0, estimator: str = "mean") -> Fl
     Under the null hypothesis x - bound is symmetric around 0, as it is for the differences of two
     arms that do not differ (bound 0): then each of the 2**n ways to flip signs is equally likely,
     and p is the share of them whose estimate is at least as far out. Exact up to n = 15; beyond
-    that from FLIPS random ones. The least possible p is 2**-n.
-    scipy.stats.permutation_test with permutation_type="samples".
+    that from FLIPS random ones. The least possible p is 2**-n. Of x [n, strata] all numbers of a
+    seed are flipped together. scipy.stats.permutation_test with permutation_type="samples".
     """
+    centre, rows = ESTIMATORS[estimator], np.atleast_2d(x.T).T - bound
+
+    def statistic(signs: np.ndarray, axis: int = -1) -> Any:
+        flipped = np.moveaxis(signs, axis, -1)[..., None] * rows
+        return centre(flipped.reshape(*flipped.shape[:-2], -1), axis=-1)
+
     test = stats.permutation_test(
-        (x - bound,),
-        ESTIMATORS[estimator],
+        (np.ones(len(x)),),
+        statistic,
         permutation_type="samples",
         n_resamples=FLIPS,
-        batch=max(1, AT_ONCE // len(x)),
+        batch=max(1, AT_ONCE // x.size),
         alternative="greater",
         vectorized=True,
         rng=np.random.default_rng(0),

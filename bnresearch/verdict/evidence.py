@@ -56,7 +56,12 @@ class Evidence:
             return estimate.median_interval(x.at, x.low, x.high)
         if self.interval == "t":
             return estimate.t_interval(x.at)
-        return estimate.bootstrap_interval(x.at, estimator=self.estimator, method=self.interval)
+        return estimate.bootstrap_interval(self._numbers, self.estimator, self.interval)
+
+    @property
+    def _numbers(self) -> np.ndarray:
+        """[n], or [n, strata]."""
+        return self.sample.at if self.sample.strata is None else self.sample.strata
 
     def test(self, bound: float) -> Flips:
         """One-sided p-values against ``bound``; without two numbers, 1."""
@@ -75,7 +80,7 @@ class Evidence:
         if self.bounded:
             return estimate.sign_test(x.low, x.high, bound)
         if self.flips:
-            return estimate.sign_flips(x.at, bound, self.estimator)
+            return estimate.sign_flips(self._numbers, bound, self.estimator)
         return estimate.t_test(x.at, bound)
 
     def inside(self, margin: float) -> float:

@@ -1,12 +1,13 @@
 """The answers that a claim can get, each with the evidence for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from bnresearch.verdict.evidence import Evidence
 from bnresearch.verdict.wording import Unit
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
+ALPHA = 0.05
 
 
 class Option(NamedTuple):
@@ -17,6 +18,8 @@ class Option(NamedTuple):
       region: where the effect is then, in words.
       evidence: what it rests on.
       needed: seeds that would be enough, of the level.
+      bounds: of the regions between which the claim decides.
+      of: the pair that the effect is of, where a claim has several.
     """
 
     verdict: str
@@ -25,6 +28,14 @@ class Option(NamedTuple):
     region: str
     evidence: Evidence
     needed: Callable[[float], float]
+    bounds: Sequence[float] = ()
+    of: str = ""
+
+
+def leading(options: Sequence[Option]) -> Option:
+    """The answer that a claim gets if any: of those that interval and test show by themselves, else
+    of all, the one with the least p."""
+    return min(options, key=lambda option: (not (option.shown and option.p <= ALPHA), option.p))
 
 
 def above(evidence: Evidence, verdict: str, bound: float, unit: Unit) -> Option:
@@ -66,16 +77,19 @@ def inside(evidence: Evidence, verdict: str, margin: float, unit: Unit) -> Optio
 def directed(evidence: Evidence, sesoi: float, unit: Unit) -> list[Option]:
     """For a claim that the effect is above sesoi. The first supports it."""
     options = [above(evidence, SUPPORTED, sesoi, unit), below(evidence, REFUTED, 0.0, unit)]
-    return [*options, inside(evidence, REFUTED, sesoi, unit)] if sesoi > 0 else options
+    if sesoi > 0:
+        options.append(inside(evidence, REFUTED, sesoi, unit))
+    return [option._replace(bounds=sorted({0.0, sesoi})) for option in options]
 
 
 def confined(evidence: Evidence, margin: float, unit: Unit) -> list[Option]:
     """For a claim that the effect is within ±margin."""
-    return [
+    options = [
         inside(evidence, SUPPORTED, margin, unit),
         above(evidence, REFUTED, margin, unit),
         below(evidence, REFUTED, -margin, unit),
     ]
+    return [option._replace(bounds=(-margin, margin)) for option in options]
 
 
 def ordered(parts: Mapping[str, list[Option]]) -> list[Option]:
@@ -85,17 +99,15 @@ def ordered(parts: Mapping[str, list[Option]]) -> list[Option]:
     one is: the smallest p times how many there are (Bonferroni).
     """
     k = len(parts)
-    named = {name: [_of(option, name) for option in part] for name, part in parts.items()}
-    weakest = max((part[0] for part in named.values()), key=lambda option: option.p)
-    worst = min((option for part in named.values() for option in part[1:]), key=lambda o: o.p)
+    named = {name: [option._replace(of=name) for option in part] for name, part in parts.items()}
+    firsts = [part[0] for part in named.values()]
+    weakest = max(firsts, key=lambda one: (not one.shown, one.p, -one.evidence.centre.low))
+    worst = leading([option for part in named.values() for option in part[1:]])
     return [
         weakest._replace(
-            shown=all(part[0].shown for part in named.values()),
-            needed=lambda level: max(part[0].needed(level) for part in named.values()),
+            p=max(option.p for option in firsts),
+            shown=all(option.shown for option in firsts),
+            needed=lambda level: max(option.needed(level) for option in firsts),
         ),
         worst._replace(p=min(1.0, k * worst.p), needed=lambda level: worst.needed(level / k)),
     ]
-
-
-def _of(option: Option, name: str) -> Option:
-    return option._replace(region=f"{option.region} ({name})")

@@ -6,7 +6,7 @@ interval [low, high] with an open side.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +132,7 @@ class Sample(NamedTuple):
       censored: how many of the values are only bounds, also among those set aside.
       aside: pairs of which both sides are bounds in the same direction: they say nothing of order.
       runs: the ids of all runs behind the numbers.
+      strata: [n, m] the m numbers of which ``at`` are the means, where several are pooled.
     """
 
     seeds: list[int]
@@ -142,6 +143,7 @@ class Sample(NamedTuple):
     censored: int
     aside: int
     runs: list[str]
+    strata: np.ndarray | None = None
 
     @property
     def n(self) -> int:
@@ -159,7 +161,8 @@ class Sample(NamedTuple):
         """sign * x - shift, with low and high in their places."""
         ends = (self.low, self.high) if sign > 0 else (self.high, self.low)
         low, high = (sign * end - shift for end in ends)
-        return self._replace(at=sign * self.at - shift, low=low, high=high)
+        strata = None if self.strata is None else sign * self.strata - shift
+        return self._replace(at=sign * self.at - shift, low=low, high=high, strata=strata)
 
 
 def single(rows: Rows, seeds: Sequence[int]) -> Sample:
@@ -177,15 +180,36 @@ def paired(treatment: Rows, control: Rows, seeds: Sequence[int]) -> Sample:
     still are at most as likely to count for either side as against it, so that tests of signs keep
     their level (both sides have the same limit, which is how studies are made).
     """
-    made, aside = {}, []
-    for seed in seeds:
-        t, c = _found(treatment, seed), _found(control, seed)
-        ids = " ".join(filter(None, (t.runs, c.runs)))
-        made[seed] = Row(t.at - c.at, t.low - c.high, t.high - c.low, t.lost or c.lost, ids)
-        if not made[seed].lost and -made[seed].low == made[seed].high == math.inf:
-            aside.append(seed)
+    made = {seed: _difference(treatment, control, seed) for seed in seeds}
+    aside = [s for s, row in made.items() if not row.lost and -row.low == row.high == math.inf]
     bounds = sum(_found(rows, seed).censored for rows in (treatment, control) for seed in seeds)
     return _gather(made, aside, bounds)
+
+
+def _difference(treatment: Rows, control: Rows, seed: int) -> Row:
+    t, c = _found(treatment, seed), _found(control, seed)
+    ids = " ".join(filter(None, (t.runs, c.runs)))
+    return Row(t.at - c.at, t.low - c.high, t.high - c.low, t.lost or c.lost, ids)
+
+
+def pooled(points: Sequence[tuple[Rows, Rows]], seeds: Sequence[int]) -> Sample:
+    """treatment - control at several points: per seed their mean, and all of them as strata.
+
+    A seed needs an exact number at every point: the seeds, not the points, are what repeats.
+    """
+    parts = {seed: [_difference(*point, seed) for point in points] for seed in seeds}
+    made = {seed: _together(rows, np.mean) for seed, rows in parts.items()}
+    sample = _gather(made, [], 0)
+    strata = np.array([[row.at for row in parts[seed]] for seed in sample.seeds])
+    return sample._replace(strata=strata.reshape(sample.n, len(points)))
+
+
+def _together(rows: Sequence[Row], function: Callable[[list[float]], Any]) -> Row:
+    """One number of those of a seed, lost if one of them is, or is only a bound."""
+    lost = next((row.lost for row in rows if row.lost), "")
+    lost = lost or ("censored" if any(row.censored for row in rows) else "")
+    number = math.nan if lost else float(function([row.at for row in rows]))
+    return Row(number, number, number, lost, " ".join(row.runs for row in rows))
 
 
 def slopes(claim: Slope, points: Mapping[float, Rows], seeds: Sequence[int]) -> Rows:
@@ -202,10 +226,7 @@ def slopes(claim: Slope, points: Mapping[float, Rows], seeds: Sequence[int]) -> 
     for seed in seeds:
         rows = [_found(at, seed) for at in points.values()]
         rows = [row.logarithm(claim.log_y) if claim.log_y else row for row in rows]
-        lost = next((row.lost for row in rows if row.lost), "")
-        lost = lost or ("censored" if any(row.censored for row in rows) else "")
-        slope = math.nan if lost else float(np.polyfit(x, [row.at for row in rows], 1)[0])
-        made[seed] = Row(slope, slope, slope, lost, " ".join(row.runs for row in rows))
+        made[seed] = _together(rows, lambda y: np.polyfit(x, y, 1)[0])
     return made
 
 

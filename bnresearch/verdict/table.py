@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bnresearch.verdict.deciding import effect_of
+from bnresearch.verdict.deciding import because, effect_of
 
 LOOKS = {"supported": "bold green", "refuted": "bold red", "inconclusive": "bold yellow"}
 
@@ -24,6 +24,6 @@ def show(definition: Mapping[str, Any]) -> None:
     table = Table("claim", "verdict", "what the runs say", box=box.SIMPLE, leading=1)
     for verdict in definition["verdicts"]:
         name = verdict["verdict"]
-        numbers = f"{effect_of(verdict)}; {verdict['reason']}."
+        numbers = f"{effect_of(verdict)}; {because(verdict)}."
         table.add_row(Text(verdict["text"]), Text(name, LOOKS[name]), Text(numbers))
     console.print(table)

@@ -1,7 +1,7 @@
 """Claims and effects in words, and in the unit in which they were written."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bnresearch import words
@@ -17,10 +17,16 @@ from bnresearch.claims import (
 )
 
 LOGARITHM = {"": "{}", "e": "ln {}", "2": "log2 {}", "10": "log10 {}"}
+SINGULAR = {"points": "point", "steps": "step"}  # units that the lab itself gives
 
 
 def written(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
+
+
+def _of_one(value: float, unit: str) -> str:
+    """The unit after this number."""
+    return SINGULAR.get(unit, unit) if abs(value) == 1 else unit
 
 
 class Unit(NamedTuple):
@@ -59,13 +65,22 @@ class Unit(NamedTuple):
         """A bound, in words."""
         if self.log and not self.absolute:
             return f"a ratio of {self.bound(value)}"
-        return f"{self.bound(value)} {self.name}".rstrip()
+        return words.with_unit(self.bound(value), _of_one(self.back(value), self.name))
 
     def above(self, bound: float) -> str:
         return f"{'above' if self.sign > 0 else 'below'} {self.place(bound)}"
 
     def below(self, bound: float) -> str:
         return f"{'below' if self.sign > 0 else 'above'} {self.place(bound)}"
+
+    def listed(self, bounds: Sequence[float]) -> str:
+        """Bounds, the smallest first."""
+        if len(bounds) == 1:
+            return self.place(bounds[0])
+        shown = " and ".join(self.bound(bound) for bound in sorted(bounds, key=self.back))
+        if self.log and not self.absolute:
+            return f"ratios of {shown}"
+        return words.with_unit(shown, self.name)
 
     def within(self, margin: float) -> str:
         low, high = (self.bound(self.sign * end) for end in (-margin, margin))
@@ -91,17 +106,22 @@ def unit_of(claim: Claim, measure: Measure) -> Unit:
 
 
 class Names(NamedTuple):
-    """What the arms are called, and the axis that is tuned ("" for none)."""
+    """What arms and axes are called (by their names where nothing is given), and the axis that is
+    tuned ("" for none)."""
 
-    labels: Mapping[str, str]
+    arms: Mapping[str, str]
+    axes: Mapping[str, str]
     tuned: str = ""
+
+    def axis(self, name: str) -> str:
+        return self.axes.get(name) or name
 
     def place(self, place: Place) -> str:
         if isinstance(place, str):
-            return self.labels.get(place) or place
+            return self.arms.get(place) or place
         rest = {axis: value for axis, value in place.items() if axis != "arm"}
-        arm = self.labels.get(place["arm"]) or place["arm"]
-        return f"{arm} ({words.point(rest, {})})" if rest else arm
+        arm = self.arms.get(place["arm"]) or place["arm"]
+        return f"{arm} ({words.point(rest, self.axes)})" if rest else arm
 
 
 def text_of(claim: Claim, measure: Measure, names: Names) -> str:
@@ -110,11 +130,15 @@ def text_of(claim: Claim, measure: Measure, names: Names) -> str:
 
 
 def _where(claim: Claim, measure: Measure, names: Names) -> str:
-    parts = [f"at {words.point(claim.where, {})}"] if claim.where else []
+    parts = [f"at {words.point(claim.where, names.axes)}"] if claim.where else []
+    strata = getattr(claim, "strata", "")
+    if strata:
+        parts.append(f"over every {names.axis(strata)}")
     taken_together = (measure.options.get("axis"), getattr(claim, "axis", None))
     if names.tuned and names.tuned not in taken_together:
-        best = f"at the best {names.tuned}" + (" of each" if _sides(claim) > 1 else "")
-        parts.append(best if claim.at == "best" else f"at {names.tuned} {words.setting(claim.at)}")
+        tuned = names.axis(names.tuned)
+        best = f"at the best {tuned}" + (" of each" if _sides(claim) > 1 else "")
+        parts.append(best if claim.at == "best" else f"at {tuned} {words.setting(claim.at)}")
     return "".join(f", {part}" for part in parts)
 
 
@@ -127,7 +151,7 @@ def _sides(claim: Claim) -> int:
 def _size(value: float, measure: Measure, unit: str) -> str:
     if measure.log:
         return f"a factor of {written(value)}"
-    return f"{written(value)} {unit}".rstrip()
+    return words.with_unit(written(value), _of_one(value, unit))
 
 
 def _by_more(claim: Any, measure: Measure) -> str:
@@ -157,7 +181,7 @@ def _value(claim: Value, measure: Measure, names: Names) -> str:
 
 def _slope(claim: Slope, measure: Measure, names: Names) -> str:
     y = LOGARITHM[claim.log_y].format(measure.label)
-    x = LOGARITHM[claim.log_x].format(claim.axis)
+    x = LOGARITHM[claim.log_x].format(names.axis(claim.axis))
     arm = names.place(claim.arm)
     if claim.control is not None:
         arm = f"{arm} minus {names.place(claim.control)}"

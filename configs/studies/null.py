@@ -5,6 +5,9 @@
 Two arms with the same config, called by different names. They differ in their seeds alone, so that
 whatever is found between them is chance. What must come out: neither difference supported nor
 refuted, and the two equivalent within 2 points of accuracy.
+
+Found: -0.17 points (-0.53 to 0.20, n = 20) and no difference in the loss, both inconclusive;
+equivalence supported. Cost: 8 s on two CPU cores (jax 0.10.2, 2026-11-20).
 """
 
 from bnresearch.study import Arm, Difference, Equivalence, Scale, Study, final

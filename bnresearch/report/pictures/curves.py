@@ -20,6 +20,7 @@ from bnresearch.report.pictures.design import (
 from bnresearch.report.pictures.marks import Mark, Mean, Panel, Picture, Thin, axis
 
 CURVE_POINTS = 300  # of one run: more than a screen has room for
+SPIKE = 10.0
 
 
 def curves(
@@ -38,23 +39,34 @@ def curves(
     frame = _thinned(frame.assign(value=frame["value"] * (100 if percent else 1)))
     free = [one for one in design.varied(frame) if one != design.tuned]
     parts, left_out = _curve_panels(design, frame, free)
-    done = frame[frame["done"]]
-    y = axis(
-        axis_label(measure),
-        [(done if len(done) else frame)["value"]],
-        "log" if log else "linear",
-        percent,
-    )
+    shown, cut = _in_sight(frame, log)
+    y = axis(axis_label(measure), [shown], "log" if log else "linear", percent)
     x = axis("step", [frame["step"]])
     panels = tuple(
         Panel(title, x, y, tuple(_curves(design, measure, part, log))) for title, part in parts
     )
     caption = (
         "Thin lines are single seeds, as far as they came; thick lines are means with 95 % "
-        "intervals over the runs that finished." + notes(measure, y, frame, left_out)
+        "intervals over the runs that finished." + notes(measure, y, frame, left_out) + cut
     )
     title = f"{upper_first(measure['label'])} along training"
     return Picture(name or file_name(split, metric), title, caption, panels, keys_of(design, frame))
+
+
+def _in_sight(frame: pd.DataFrame, log: bool) -> tuple[pd.Series, str]:
+    """The values that the axis has to show, of finished runs if any; and a remark on the others.
+
+    A loss may leap by many decades for a moment: beyond SPIKE times the largest last one it is cut
+    off, or nothing else could be told apart.
+    """
+    done = frame[frame["done"]] if frame["done"].any() else frame
+    values = done["value"]
+    if not log:
+        return values, ""
+    last = done.groupby([name for name in done if name not in ("step", "value")])["value"].last()
+    shown = values[values <= SPIKE * last.max()]
+    cut = " Some losses leap beyond what is shown." if len(shown) < len(values) else ""
+    return shown, cut
 
 
 def _curve_panels(

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import special
 
 from bnresearch import words
+from bnresearch.claims import measure_from_json
 from bnresearch.report.pictures.marks import Axis, Key, axis, look
 
 PANELS = 12  # of one picture; what is left out is in the tables
@@ -108,17 +109,14 @@ def rows_at(frame: pd.DataFrame, place: Mapping[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def logarithmic(measure: Mapping[str, Any]) -> bool:
-    return bool(measure.get("log")) or measure.get("metric") == "loss"
-
-
 def value_axis(measure: Mapping[str, Any], values: pd.DataFrame, means: pd.DataFrame) -> Axis:
     """Shows all seeds; of intervals as much as half the seeds' range to either side."""
-    log = logarithmic(measure) and bool((values["value"] > 0).all())
+    log = measure_from_json(measure).geometric and bool((values["value"] > 0).all())
     numbers = np.log(values["value"]) if log else values["value"]
     span = float(numbers.max() - numbers.min()) / 2 if len(numbers) else 0.0
     ends = means[["low", "high"]].to_numpy(float)
-    ends = np.clip(np.log(ends) if log else ends, numbers.min() - span, numbers.max() + span)
+    ends = np.log(np.maximum(ends, 1e-300)) if log else ends
+    ends = np.clip(ends, numbers.min() - span, numbers.max() + span)
     shown = [numbers, ends]
     return axis(
         axis_label(measure),
@@ -142,7 +140,10 @@ def notes(measure: Mapping[str, Any], y: Axis, values: pd.DataFrame, left_out: i
     """Further sentences of a caption: whatever of a picture is not what it seems."""
     found = omitted(left_out)
     if "censored" in values and values["censored"].fillna(0).any():
-        found += " Open dots: only a bound is known, and means take it as the value."
+        found += (
+            " Open dots: only a bound is known; where there are such, the mark is Kaplan and "
+            "Meier's median instead of a mean."
+        )
     if y.scale == "stretch":
         found += " The vertical axis is stretched towards 100 %."
     if y.scale == "log":
@@ -163,6 +164,10 @@ def file_name(*parts: str) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in " ".join(parts)).split())
 
 
+KINDS = {"wilson": "share", "median": "median", "kaplan-meier": "median"}
+
+
 def interval_text(row: Mapping[Any, Any], unit: str) -> str:
     mean, low, high = words.together([row["mean"], row["low"], row["high"]])
-    return f"mean {mean} {unit}".rstrip() + f" (95 % interval {low} to {high}, n = {int(row['n'])})"
+    kind = KINDS.get(row.get("kind", ""), "mean")
+    return f"{kind} {words.with_unit(mean, unit)} (95 % interval {low} to {high}, n = {row['n']})"

@@ -182,7 +182,7 @@ def same_rate(
     """The effect at every value of the tuned axis, both sides at the same one, beside the effect
     with each side at its chosen value; a panel for each claim that has both."""
     panels = []
-    for number, verdict in enumerate(verdicts, start=1):
+    for number, verdict in enumerate(verdicts if design.tuned else (), start=1):
         chosen = effect(verdict, measures, f"{number}. {verdict['text']}")
         if chosen is not None and verdict["same_rate"]:
             panels.append(_same_panel(design, chosen, verdict["same_rate"]))

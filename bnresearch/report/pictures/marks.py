@@ -1,8 +1,8 @@
 """What a picture is made of: looks, axes, marks, panels. It says what is drawn, not with which pen.
 
-`pictures.py` turns numbers into a `Picture`, `draw.py` draws it, interactively and for paper, so
-that nothing is decided twice. All coordinates are in the units a reader sees; a `Scale` of an axis
-says where they lie.
+`measured`, `curves` and `effects` turn numbers into a `Picture`, `screen` and `paper` draw it, so
+that nothing is decided twice. All coordinates are in the units a reader sees; the ``scale`` of an
+axis says where they lie.
 """
 
 import dataclasses
@@ -86,13 +86,24 @@ def axis(label: str, values: Iterable[object], kind: str = "linear", percent: bo
         return _log_axis(label, low, high)
     if percent and low < 80 and high > 90:
         ends = (max(0.0, low - 4), 100.0 if high > 98 else 101 - 0.6 * (101 - high))
+        plain = Axis(label, "stretch", ends)
         ticks = [tick for tick in STRETCHED if ends[0] <= tick <= ends[1]]
-        return Axis(label, "stretch", ends, tuple(_texts(ticks)))
+        return dataclasses.replace(plain, ticks=tuple(_texts(_apart(plain, ticks))))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     ends = (low - margin, high + margin)
     if percent:
         ends = (max(ends[0], min(0.0, low)), min(ends[1], max(101.0, high)))
     return Axis(label, "linear", ends)
+
+
+def _apart(axis: Axis, ticks: Sequence[float]) -> list[float]:
+    """Without those that would touch the next higher one."""
+    room = 0.06 * float(np.ptp(axis.place(axis.range)))
+    kept: list[float] = []
+    for tick in reversed(ticks):
+        if not kept or axis.place(kept[-1]) - axis.place(tick) >= room:
+            kept.append(tick)
+    return kept[::-1]
 
 
 def _log_axis(label: str, low: float, high: float) -> Axis:

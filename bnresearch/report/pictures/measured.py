@@ -1,7 +1,7 @@
 """Measures along the axes of a study, arm by arm, and as heat maps.
 
-Every picture shows every seed, and means with 95 % Student t intervals over the seeds; measures
-that are compared by ratios are averaged as logarithms.
+Every picture shows every seed, and means with 95 % intervals over the seeds (`verdict.cells`:
+geometric for ratios, a median where only a bound is known of some).
 """
 
 import itertools
@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 
 from bnresearch import words
+from bnresearch.claims import measure_from_json
 from bnresearch.report.pictures.design import (
     Design,
     axis_label,
     file_name,
     interval_text,
     keys_of,
-    logarithmic,
-    means_of,
     notes,
     omitted,
     rows_at,
@@ -38,6 +37,7 @@ from bnresearch.report.pictures.marks import (
     at_values,
     categories,
 )
+from bnresearch.verdict import cells
 from bnresearch.verdict.estimate import wilson
 
 CELLS = 150  # of a heat map that still carry numbers
@@ -82,12 +82,12 @@ def along(
     """
     others = [other for other in others if other != x]
     shown = values[values["value"].notna()]
-    means = means_of(shown, ["arm", *others, x], logarithmic(measure))
+    means = cells(shown, measure_from_json(measure), ["arm", *others, x])
     y = value_axis(measure, shown, means)
     panels, left_out = split(design, means, others)
     made = []
     for title, place, part in panels:
-        marks = _lines(design, measure, x, rows_at(shown, place), part)
+        marks = _lines(design, measure, x, y, rows_at(shown, place), part)
         if rings is not None:
             marks += _rings(design, x, part, rings)
         made.append(Panel(title, _setting_axis(design, x, values), y, tuple(marks)))
@@ -122,8 +122,7 @@ def diverged(design: Design, values: pd.DataFrame, x: str, others: Sequence[str]
             at = _shift(design, x, index, len(arms))(mine[x])
             order = np.argsort(at)
             draw = "bars" if _numeric(design, x) else "apart"
-            unit = {"unit": "%"}
-            marks.append(_mean(design, unit, arm, at[order], mine.iloc[order], draw, x))
+            marks.append(_mean(design, "%", arm, at[order], y, mine.iloc[order], draw, x))
         made.append(Panel(title, _setting_axis(design, x, values), y, tuple(marks)))
     caption = f"Runs whose numbers were no longer finite, with 95 % intervals.{omitted(left_out)}"
     title = f"Runs that diverged against {design.label(x)}"
@@ -141,13 +140,13 @@ def _shares(values: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         100 * np.array(wilson(k, n)[:3]) for k, n in zip(table["sum"], table["size"], strict=True)
     ]
     ends = dict(zip(("mean", "low", "high"), np.array(found).reshape(-1, 3).T, strict=True))
-    return table[by].assign(**ends, n=table["size"])
+    return table[by].assign(**ends, kind="wilson", n=table["size"])
 
 
 def per_arm(design: Design, name: str, measure: Mapping[str, Any], values: pd.DataFrame) -> Picture:
     """``measure`` of each arm, for studies whose arms differ in nothing else."""
     shown = values[values["value"].notna()]
-    means = means_of(shown, ["arm"], logarithmic(measure))
+    means = cells(shown, measure_from_json(measure), ["arm"])
     arms = [arm for arm in design.keys if arm in set(shown["arm"])]
     y = value_axis(measure, shown, means)
     marks: list[Mark] = []
@@ -155,7 +154,7 @@ def per_arm(design: Design, name: str, measure: Mapping[str, Any], values: pd.Da
         mine, mean = shown[shown["arm"] == arm], means[means["arm"] == arm]
         wobble = place + 0.25 * (np.arange(len(mine)) % 5 - 2) / 2  # so that equal seeds show
         marks += _dots(design, measure, arm, wobble, mine)
-        marks.append(_mean(design, measure, arm, [float(place)], mean, "apart"))
+        marks.append(_mean(design, measure["unit"], arm, [float(place)], y, mean, "apart"))
     labels = [design.keys[arm].label for arm in arms]
     caption = "Large marks are means over seeds with 95 % intervals; each small dot is one seed."
     if design.chosen is not None and design.tuned in values:
@@ -171,6 +170,7 @@ def _lines(
     design: Design,
     measure: Mapping[str, Any],
     x: str,
+    y: Axis,
     values: pd.DataFrame,
     means: pd.DataFrame,
 ) -> list[Mark]:
@@ -185,7 +185,7 @@ def _lines(
         at = shift(mean[x])
         order = np.argsort(at)
         draw = "bars" if _numeric(design, x) else "apart"
-        marks.append(_mean(design, measure, arm, at[order], mean.iloc[order], draw, x))
+        marks.append(_mean(design, measure["unit"], arm, at[order], y, mean.iloc[order], draw, x))
     return marks
 
 
@@ -246,19 +246,23 @@ def _dots(
 
 def _mean(
     design: Design,
-    measure: Mapping[str, Any],
+    unit: str,
     arm: str,
     at: Sequence[float] | np.ndarray,
+    y: Axis,
     means: pd.DataFrame,
     draw: str,
     x: str = "",
 ) -> Mean:
+    """Intervals with an open end reach to the end of ``y``; a median beyond it is not drawn."""
     key = design.keys[arm]
     texts = []
     for row in means.to_dict("records"):
         where = f", {design.label(x)} {words.setting(row[x])}" if x else ""
-        texts.append(f"{key.label}{where}\n{interval_text(row, measure['unit'])}")
-    mean, low, high = (means[name].to_numpy(float) for name in ("mean", "low", "high"))
+        texts.append(f"{key.label}{where}\n{interval_text(row, unit)}")
+    low, high = (means[name].to_numpy(float) for name in ("low", "high"))
+    low, high = np.where(np.isinf(low), y.range[0], low), np.where(np.isinf(high), y.range[1], high)
+    mean = means["mean"].where(np.isfinite(means["mean"])).to_numpy(float)
     return Mean(arm, key.look, np.asarray(at, float), mean, low, high, texts, draw)
 
 
@@ -289,12 +293,13 @@ def heat(
     """Means over two axes: a panel for each arm, and for each place on any further axes."""
     x, y, *rest = varied
     shown = values[values["value"].notna()]
-    means = means_of(shown, ["arm", *varied], logarithmic(measure))
+    means = cells(shown, measure_from_json(measure), ["arm", *varied])
+    means["mean"] = means["mean"].where(np.isfinite(means["mean"]))
     columns, rows = design.values(x, values), design.values(y, values)
     panels, left_out = split(design, means, ["arm", *rest])
     log = measure.get("metric") == "loss"
-    cells = np.log10(means["mean"].clip(lower=1e-12)) if log else means["mean"]
-    ends = (float(cells.min()), float(cells.max())) if len(cells) else (0.0, 1.0)
+    shades = np.log10(means["mean"].clip(lower=1e-12)) if log else means["mean"]
+    ends = (float(shades.min()), float(shades.max())) if len(shades) else (0.0, 1.0)
     label = f"{'log10 of ' if log else ''}{axis_label(measure)}"
 
     made = []
@@ -305,13 +310,13 @@ def heat(
         texts = [
             [
                 f"{words.point({y: row, x: column}, design.labels)}: {cell} {measure['unit']}"
-                for column, cell in zip(columns, cells, strict=True)
+                for column, cell in zip(columns, line, strict=True)
             ]
-            for row, cells in zip(rows, words_in, strict=True)
+            for row, line in zip(rows, words_in, strict=True)
         ]
         z = np.log10(np.maximum(numbers, 1e-12)) if log else numbers
-        cells = words_in if numbers.size <= CELLS else [[""] * len(columns)] * len(rows)
-        marks = (Heat(z, cells, texts, label, *ends),)
+        shown_in = words_in if numbers.size <= CELLS else [[""] * len(columns)] * len(rows)
+        marks = (Heat(z, shown_in, texts, label, *ends),)
         made.append(Panel(title, _names(design, x, columns), _names(design, y, rows), marks))
     title = f"{upper_first(measure['label'])} over {design.label(x)} and {design.label(y)}"
     caption = f"Means over seeds; blank where there is no run with a value.{omitted(left_out)}"

@@ -189,7 +189,7 @@ def _screen_note(mark: Note, panel: Panel) -> Parts:
         "yanchor": "bottom",
     }
     look = {"showarrow": False, "align": "left", "font": {"size": 12}}
-    return {"annotations": [{"text": _markup(wrapped(mark.text, 54, 2)), **place, **look}]}
+    return {"annotations": [{"text": _markup(wrapped(mark.text, 48, 2)), **place, **look}]}
 
 
 def _screen_heat(mark: Heat, panel: Panel) -> Parts:
