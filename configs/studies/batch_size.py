@@ -14,7 +14,7 @@ TFDS_DATA_DIR.
 Found: in batches of 2 the MLP loses 62 points with BatchNorm (57 to 67, n = 10) and the conv net
 none: there GroupNorm is 1.3 points worse (0.6 to 1.9), which refutes the prediction. BatchRenorm
 gains 3.4 points (3.0 to 3.8) in the MLP in batches of 4. All verdicts: docs/studies.md.
-Cost: @batch_size@ s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
+Cost: 293 s at quick on two CPU cores that had other work too (jax 0.10.2, 2026-11-20).
 """
 
 from collections.abc import Sequence
