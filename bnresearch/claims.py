@@ -17,6 +17,9 @@ from typing import Any, get_args, get_origin
 
 from bnresearch.errors import UserError, lookup
 
+SCHEMA = 1  # of study.json
+ALPHA = 0.05  # how often the claims of a study may together get a verdict that is false
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # An arm by its name, or a place in the study: {"arm": "batch", "batch size": 2}.
@@ -59,6 +62,11 @@ class Measure:
     log: bool = False
     binary: bool = False
     function: Callable[[Any], float] | None = None
+
+    @property
+    def collapses(self) -> str | None:
+        """The axis that the measure turns into one number, if it does."""
+        return self.options.get("axis")
 
     @property
     def geometric(self) -> bool:

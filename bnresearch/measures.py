@@ -117,14 +117,13 @@ def check(measure: Measure, axes: Iterable[str]) -> None:
                 f"measure {measure.label!r} has {name}={measure.options.get(name)!r} as an option "
                 f"of {measure.how}; was it changed by hand?"
             )
-    axis = collapsed(measure)
-    if axis is not None:
-        lookup(dict.fromkeys(axes), axis, f"axis of measure {measure.how}")
-
-
-def collapsed(measure: Measure) -> str | None:
-    """The axis of which a measure leaves one number, if it is such a measure."""
-    return measure.options["axis"] if measure.how in OF_AN_AXIS else None
+    if (measure.collapses is not None) != (measure.how in OF_AN_AXIS):
+        raise UserError(
+            f"measure {measure.label!r} has axis={measure.collapses!r} as an option of "
+            f"{measure.how}; was it changed by hand?"
+        )
+    if measure.collapses is not None:
+        lookup(dict.fromkeys(axes), measure.collapses, f"axis of measure {measure.how}")
 
 
 # ---- Frames
@@ -154,7 +153,7 @@ def values(
       UserError: no such measure, or a run that is done did not record the metric.
     """
     check(measure, axes)
-    axis = collapsed(measure)
+    axis = measure.collapses
     left = [name for name in axes if name != axis]
     if axis is not None:
         rows = [_axis_row(group, measure, left) for group in _along(runs, left)]

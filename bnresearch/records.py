@@ -24,7 +24,7 @@ import pandas as pd
 
 from bnresearch import measures as measuring
 from bnresearch import rundir
-from bnresearch.claims import Measure, claim_from_json, measure_from_json
+from bnresearch.claims import SCHEMA, Measure, claim_from_json, measure_from_json
 from bnresearch.errors import UserError, lookup
 from bnresearch.runs import NO_CURVE, Run, read_run_or_damage
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from bnresearch.verdict import Verdict
 
 FILE = "study.json"
-SCHEMA = 1
 DEEPEST = 3  # folders below the given one in which studies are looked for
 NUMBER = (int, float)
 # What the parts of study.json have to be, as far as reading and reporting need it.

@@ -108,7 +108,7 @@ def _check_tune(study: Study) -> None:
         raise UserError(
             f"tune looks at {getattr(measure, 'split', measure)!r}; it has to choose on validation"
         )
-    if not measure.metric or claim_checks.collapsed(measure) is not None:
+    if not measure.metric or measure.collapses is not None:
         raise UserError(
             "tune needs a measure of one run; add one, as in Tune('axis', final('accuracy', "
             "'validation'))"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bnresearch.claims import (
+    ALPHA,
     CLAIMS,
     Claim,
     Difference,
@@ -25,9 +26,6 @@ DIRECTIONS = ("greater", "less")
 ESTIMATORS = ("mean", "iqm")
 INTERVALS = ("t", "bca", "percentile")
 LOGARITHMS = ("", "e", "2", "10")
-
-# An exact sign-flip test of n pairs knows no two-sided p below 2 / 2**n.
-ALPHA = 0.05
 
 
 class Scene(NamedTuple):
@@ -55,13 +53,8 @@ def check_measure(name: str, measure: Measure, axes: Mapping[str, Axis], trains:
             f"measure {name!r} looks along the split 'test', which is evaluated once, when a run "
             f"ends; take {measure.how}(..., split='validation'), or final()"
         )
-    if collapsed(measure) is not None:
-        _numeric_axis(axes, collapsed(measure), f"measure {name!r}")
-
-
-def collapsed(measure: Measure) -> str | None:
-    """The axis that a measure turns into one number, if it does."""
-    return measure.options.get("axis")
+    if measure.collapses is not None:
+        _numeric_axis(axes, measure.collapses, f"measure {name!r}")
 
 
 def _numeric_axis(axes: Mapping[str, Axis], name: Any, what: str) -> Axis:
@@ -147,7 +140,7 @@ def free_axes(claim: Claim, measure: Measure, tuned: str | None) -> dict[str, st
     free = {}
     if tuned is not None:
         free[tuned] = "the study tunes it: use at=..."
-    axis = collapsed(measure)
+    axis = measure.collapses
     if axis is not None:
         free[axis] = f"measure {claim.measure!r} takes all of its values together"
     if isinstance(claim, Slope):
@@ -178,7 +171,7 @@ def _check_tuned(claim: Claim, scene: Scene, free: Mapping[str, str], who: str) 
 
 def _check_one_best(claim: Claim, scene: Scene, free: Mapping[str, str], who: str) -> None:
     """Arms are tuned at each point of the other axes: a measure of several has no best value."""
-    axis, tuned = collapsed(scene.measures[claim.measure]), scene.tuned
+    axis, tuned = scene.measures[claim.measure].collapses, scene.tuned
     if axis is None or tuned is None or not free[tuned].startswith("the study tunes"):
         return
     if len(scene.axes[axis].points) > 1:
@@ -195,7 +188,7 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _check_slope(claim: Slope, measure: Measure, scene: Scene, who: str) -> None:
     axis = _numeric_axis(scene.axes, claim.axis, who)
-    if claim.axis == collapsed(measure):
+    if claim.axis == measure.collapses:
         raise UserError(f"{who}: measure {claim.measure!r} leaves no values along {claim.axis!r}")
     if len(axis.points) < 2:
         raise UserError(f"{who} needs two or more values on axis {claim.axis!r}, there is one")

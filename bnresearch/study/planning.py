@@ -11,6 +11,7 @@ import numpy as np
 
 from bnresearch import config_file, provenance
 from bnresearch.claims import (
+    SCHEMA,
     Claim,
     Slope,
     to_json,
@@ -24,7 +25,6 @@ from bnresearch.study.axes import (
 from bnresearch.study.parts import Arm, Cell, Extent, Study, at_scale
 from bnresearch.study.subjects import Measuring, Settled, Subject, Training
 
-SCHEMA = 1  # of study.json
 LIMIT = 10_000  # runs that nobody asks for by accident
 
 

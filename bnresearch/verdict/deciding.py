@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 
 from bnresearch import claims, words
-from bnresearch.claims import NOTHING, Claim, Measure
-from bnresearch.measures import Tuning, collapsed
+from bnresearch.claims import ALPHA, NOTHING, Claim, Measure
+from bnresearch.measures import Tuning
 from bnresearch.verdict import estimate
 from bnresearch.verdict.cases import Case, Source, case_of, shown
 from bnresearch.verdict.estimate import Interval
-from bnresearch.verdict.options import ALPHA, INCONCLUSIVE, Option
+from bnresearch.verdict.options import INCONCLUSIVE, Option
 from bnresearch.verdict.samples import ROW, Sample, Table
 from bnresearch.verdict.wording import Names, Unit
 
@@ -269,7 +269,7 @@ def _cell(rows: pd.DataFrame, measure: Measure) -> dict[str, Any]:
     found = dict(zip(CELL[1:5], centre, strict=True))
     found |= {"n": len(kept), "censored": int(kept["censored"].ne(0).sum())}
     found |= {"lost": int((without != "diverged").sum())}
-    if collapsed(measure) is None:
+    if measure.collapses is None:
         share = estimate.wilson(diverged, diverged + int((rows["status"] == "done").sum()))
         ends = zip(("share", "low", "high"), share[:3], strict=True)
         found |= {"diverged": diverged} | {f"diverged_{name}": end for name, end in ends}

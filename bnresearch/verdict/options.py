@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from bnresearch.claims import ALPHA
 from bnresearch.verdict.evidence import Evidence
 from bnresearch.verdict.wording import Unit
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
-ALPHA = 0.05
 
 
 class Option(NamedTuple):
