@@ -1,64 +1,105 @@
 """``python -m benchmarks [PART ...] [--quick]``: measure, print tables, and keep the results."""
 
 import argparse
+import importlib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import checkpoint, norms, start, step, sweep
-from benchmarks.measure import RESULTS, write
+from benchmarks.measure import RESULTS, name_of, write
+from benchmarks.picture import draw
 
-PARTS: dict[str, ModuleType] = {
-    "step": step,
-    "norms": norms,
-    "start": start,
-    "checkpoint": checkpoint,
-    "sweep": sweep,
+PARTS: dict[str, str] = {
+    "layer": "BatchNorm with what stands behind it: six libraries, time and memory",
+    "step": "the train step against plain flax and PyTorch",
+    "norms": "every kind of norm by itself",
+    "start": "from the command to the first step, and what imports take",
+    "checkpoint": "what a checkpoint costs",
+    "sweep": "100 runs against the same loop in PyTorch",
+    "input": "images/s of each way to the data",
+    "devices": "collectives of a BatchNorm layer on several devices",
+    "report": "the report of a study with 2,000 runs",
+    "gpu": "ResNet-50 in bfloat16 and epochs of CIFAR-10; on a GPU only",
 }
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+# Everything else is about the processor, or takes too long: all of these together end within 8
+# minutes.
+ON_GPU = ("layer", "gpu")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "performance.md"
+IMAGES = DOCS / "images"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts named in ``argv``, or all of them."""
+    import jax
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Side-by-side measurements. Each part prints a table and writes "
-        "benchmarks/results/PART.json (PART-gpu.json on a GPU); without --quick its table in "
-        "docs/performance.md follows.",
+        "benchmarks/results/PART.json (PART-gpu.json on a GPU) and a picture; without --quick, "
+        "table and picture in docs/performance.md follow.",
     )
-    summaries = "; ".join(f"{name}: {summary(part)}" for name, part in PARTS.items())
-    parser.add_argument("part", nargs="*", help=f"{summaries} (default: all)")
+    parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    default = f"default: all; on a GPU {', '.join(ON_GPU)}"
+    parser.add_argument("part", nargs="*", help=f"{parts} ({default})")
     parser.add_argument("--quick", action="store_true", help="few repeats: proves that it runs")
+    parser.add_argument("--out", type=Path, help="write results and pictures here, and no page")
     options = parser.parse_args(argv)
     if unknown := set(options.part) - set(PARTS):
         parser.error(f"unknown part {sorted(unknown)}; choose among {list(PARTS)}")
-    for name in options.part or PARTS:
-        part = PARTS[name]
-        path = write(name, part.run(options.quick), options.quick)
-        show(part, json.loads(path.read_text()))
-        if not options.quick:
+    everything = list(PARTS) if jax.default_backend() == "cpu" else ON_GPU
+    published = options.out is None and not options.quick
+    results = options.out or RESULTS
+    for name in options.part or everything:
+        part, stem = module(name), name_of(name, options.quick)
+        result = write(name, part.run(options.quick), results / f"{stem}.json")
+        show(part, result)
+        if result["rows"]:
+            folder = IMAGES if published else results
+            draw(name, part.panels(result), folder / picture_of(stem))
+        if published:
             update_page()
+
+
+def module(name: str) -> ModuleType:
+    """A part; imported when it is run, for some start processes that must not find jax awake."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def picture_of(stem: str) -> str:
+    """The file of a picture."""
+    return f"performance_{stem}.png"
 
 
 def summary(part: ModuleType) -> str:
     """The first sentence of a part."""
-    return (part.__doc__ or "").split(".")[0].replace("\n", " ")
+    return re.split(r"\.\s", part.__doc__ or "")[0].replace("\n", " ")
 
 
-def show(part: ModuleType, result: dict) -> None:
-    """Print the table of a result."""
+def show(part: ModuleType, result: dict[str, Any]) -> None:
+    """Print the table of a result, and what is not in it."""
     table = Table(*part.HEADER, title=f"{summary(part)} ({about(result)})")
     for row in part.table(result):
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if result["rows"]:
+        console.print(table)
+    for line in left_out(result):
+        console.print(line, markup=False)
 
 
-def about(result: dict) -> str:
+def left_out(result: dict[str, Any]) -> list[str]:
+    """What could not be measured, and why."""
+    return [f"Left out: {line}." for line in result.get("left_out", ())]
+
+
+def about(result: dict[str, Any]) -> str:
     """Where and when, for the head of a table."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
@@ -70,20 +111,24 @@ def about(result: dict) -> str:
 def update_page() -> None:
     """Put the results that there are between the marks of docs/performance.md."""
     page = PAGE.read_text()
-    for name, part in PARTS.items():
-        results = sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: path.stem)
-        if found := [path for path in results if "-quick" not in path.name]:
-            body = "\n".join(markdown(part, json.loads(path.read_text())) for path in found)
+    for name in PARTS:
+        found = [path for stem in (name, f"{name}-gpu") for path in RESULTS.glob(f"{stem}.json")]
+        if found:
+            body = "\n".join(markdown(module(name), path) for path in found)
             marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
             page = re.sub(marks, lambda m, body=body: m[1] + body + m[2], page, flags=re.S)
     PAGE.write_text(page)
 
 
-def markdown(part: ModuleType, result: dict) -> str:
-    """A result as a markdown table."""
+def markdown(part: ModuleType, path: Path) -> str:
+    """A result as a markdown table, with its picture where there is one."""
+    result = json.loads(path.read_text())
     rows = [part.HEADER, ("---",) * len(part.HEADER), *part.table(result)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([f"{about(result)}.", "", *lines, ""])
+    picture = IMAGES / picture_of(path.stem)
+    image = [f"![{summary(part)}](images/{picture.name})", ""] if picture.is_file() else []
+    notes = [f"{line}\n" for line in left_out(result)]
+    return "\n".join([f"{about(result)}.", "", *image, *lines, "", *notes])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import in_turn, spread, text
+from benchmarks.measure import in_turn, scaled, spread, text
+from benchmarks.picture import Bars
 from bnresearch import config as configs
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.experiment import initial_state, prepare, train_feed
@@ -61,7 +62,7 @@ def run(quick: bool) -> dict[str, Any]:
         "rows": [
             {
                 "config": "cifar10_resnet20, synthetic images",
-                "seconds_per_step": {k: v if k == "n" else v / STEPS for k, v in without.items()},
+                "seconds_per_step": scaled(without, 1 / STEPS),
                 "seconds_blocked": spread(blocking[1:]),
                 "seconds_per_checkpoint": spread(extra),
                 "share": spread([x / (EVERY / STEPS * without["median"]) for x in extra]),
@@ -83,3 +84,15 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for row in result["rows"]
     ]
+
+
+def panels(result: dict[str, Any]) -> list[Bars]:
+    """A checkpoint beside a step."""
+    row = result["rows"][0]
+    names = {
+        "a step": "seconds_per_step",
+        "the loop is blocked": "seconds_blocked",
+        "a checkpoint in all": "seconds_per_checkpoint",
+    }
+    values = {label: {"": scaled(row[name], 1e3)} for label, name in names.items()}
+    return [Bars(row["config"], "ms", values)]

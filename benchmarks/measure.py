@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -13,6 +14,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+STARTED = time.monotonic()  # the command
+PEERS = {"torch": "torch", "equinox": "equinox", "haiku": "dm-haiku"}  # module -> package
 
 
 Spread = dict[str, float]
@@ -22,6 +25,16 @@ def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high, "n": len(values)}
+
+
+def exact(value: float) -> Spread:
+    """A value that was counted, not measured."""
+    return {"median": value, "low": value, "high": value, "n": 1}
+
+
+def scaled(values: Spread, factor: float) -> Spread:
+    """In other units; ``n`` stays."""
+    return {name: value if name == "n" else factor * value for name, value in values.items()}
 
 
 def text(values: Spread, factor: float = 1.0, digits: int = 2) -> str:
@@ -51,18 +64,37 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
+class LeftOut(Exception):
+    """A side of a comparison, or a whole part, that this machine cannot measure: the reason."""
+
+
+def installed(module: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def missing(modules: Sequence[str]) -> list[str]:
+    """A line for each peer that has to be left out."""
+    return [
+        f"{PEERS[name]}: not installed (pip install -e '.[compare]')"
+        for name in modules
+        if not installed(name)
+    ]
+
+
 def machine() -> dict[str, Any]:
     """Device, processor and versions; no names of hosts, no paths."""
     import jax
 
     devices = jax.devices()
+    packages = [*PACKAGES, *(PEERS[name] for name in PEERS if installed(name))]
     return {
         "date": datetime.date.today().isoformat(),
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
@@ -73,14 +105,19 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def write(part: str, result: Mapping[str, Any], quick: bool) -> Path:
-    """The result of a part as benchmarks/results/<part>.json; those of accelerators and quick ones
-    are kept apart."""
+def name_of(part: str, quick: bool) -> str:
+    """What the files of a part are called; results of accelerators and quick ones are kept
+    apart."""
     import jax
 
     platform = jax.default_backend()
     where = "" if platform == "cpu" else f"-{platform}"
-    path = RESULTS / f"{part}{where}{'-quick' if quick else ''}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"part": part, **machine(), **result}, indent=2) + "\n")
-    return path
+    return f"{part}{where}{'-quick' if quick else ''}"
+
+
+def write(part: str, result: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Keep the result of a part with what the machine is; returns what was written."""
+    whole = {"part": part, **machine(), **result}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+    return json.loads(path.read_text())

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.measure import in_turn, ratios, spread, text
+from benchmarks.picture import Bars
 from bnresearch.layers import make_norm
 from bnresearch.norm import NORMS
 
@@ -113,4 +114,20 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
             *(f"{value:.1e}" for value in row["deviation"]),
         )
         for row in result["rows"]
+    ]
+
+
+def panels(result: dict[str, Any]) -> list[Bars]:
+    """The ratios, in two columns of about as many kinds."""
+    rows = result["rows"]
+    half = -(-len(rows) // 2)
+    return [
+        Bars(
+            "one training pass",
+            f"time / time of {FLAX}",
+            {row["kind"]: {"": row["over_flax"]} for row in part},
+            log=True,
+            rule=1.0,
+        )
+        for part in (rows[:half], rows[half:])
     ]

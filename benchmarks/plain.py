@@ -28,15 +28,18 @@ class MLP(nn.Module):
         return nn.Dense(10)(x)
 
 
-class ResNet20(nn.Module):
-    """He et al. (2016), section 4.2: 3 stages of 3 blocks, shortcuts without parameters."""
+class ResNet(nn.Module):
+    """He et al. (2016), section 4.2: 3 stages of (depth - 2) / 6 blocks, shortcuts without
+    parameters."""
+
+    depth: int = 20
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False)
         x = nn.relu(BatchNorm()(conv(16)(x)))
         for features in (16, 32, 64):
-            for block in range(3):
+            for block in range((self.depth - 2) // 6):
                 stride = 2 if block == 0 and features > 16 else 1
                 y = nn.relu(BatchNorm()(conv(features, strides=stride)(x)))
                 y = BatchNorm()(conv(features)(y))
@@ -44,6 +47,38 @@ class ResNet20(nn.Module):
                 x = jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, missing)))
                 x = nn.relu(x + y)
         return nn.Dense(10)(x.mean((1, 2)))
+
+
+class ResNet50(nn.Module):
+    """He et al. (2016), table 1, with the stride on the 3x3 and projections as shortcuts."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def normed(y: jax.Array, features: int, size: int, stride: int = 1) -> jax.Array:
+            conv = nn.Conv(
+                features,
+                (size, size),
+                stride,
+                padding=size // 2,
+                use_bias=False,
+                dtype=self.dtype,
+            )
+            return BatchNorm(dtype=self.dtype)(conv(y))
+
+        x = nn.relu(normed(x, 64, 7, 2))
+        x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            features = 64 * 2**stage
+            for block in range(blocks):
+                stride = 2 if block == 0 and stage > 0 else 1
+                y = nn.relu(normed(x, features, 1))
+                y = nn.relu(normed(y, features, 3, stride))
+                y = normed(y, 4 * features, 1)
+                x = normed(x, 4 * features, 1, stride) if block == 0 else x
+                x = nn.relu(x + y)
+        return nn.Dense(1000)(x.mean((1, 2), dtype=jnp.float32))
 
 
 class TrainState(train_state.TrainState):

@@ -2,7 +2,7 @@
 
 ``python -m bnresearch train`` is started with a log line after every step and stopped as soon as
 the first line is in metrics.jsonl. Cold: nothing is compiled yet. Warm: the same command again. The
-decoded data set is in the cache in both.
+decoded data set is in the cache in both. Imports are processes that do nothing else, in turn.
 """
 
 import json
@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import spread, text
+from benchmarks.measure import in_turn, installed, spread, text
+from benchmarks.picture import Bars
 
 HEADER = ("config", "compilation cache", "seconds", "n", "phases of a warm start (medians of 3)")
 CONFIGS = ("digits_mlp", "cifar10_resnet20")
+IMPORTS = ("", "numpy", "jax", "flax.linen", "bnresearch", "bnresearch.train", "torch")
 PATIENCE = 300.0
 
 
@@ -33,7 +35,21 @@ def run(quick: bool) -> dict[str, Any]:
             seconds(name, folder)  # decodes the data
             rows.append(row(name, "cold", [emptied(cache, name, folder) for _ in range(cold)]))
             rows.append(row(name, "warm", [seconds(name, folder) for _ in range(warm)]))
-    return {"rows": rows}
+    return {"rows": rows + imports(warm)}
+
+
+def imports(repeats: int) -> list[dict[str, Any]]:
+    """A row per module, and one for Python alone."""
+    there = [name for name in IMPORTS if not name or installed(name)]
+    commands = {name: [sys.executable, "-c", f"import {name}" if name else ""] for name in there}
+    work = {
+        name: lambda command=command: subprocess.run(command, check=True)
+        for name, command in commands.items()
+    }
+    return [
+        row(f"import {name}" if name else "python alone", "", values)
+        for name, values in in_turn(work, repeats).items()
+    ]
 
 
 def row(name: str, kind: str, values: list[float]) -> dict[str, Any]:
@@ -86,3 +102,11 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for row in result["rows"]
     ]
+
+
+def panels(result: dict[str, Any]) -> list[Bars]:
+    """Whole processes."""
+    starts: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]:
+        starts.setdefault(row["config"], {})[row["cache"] or "import"] = row["seconds"]
+    return [Bars("whole processes", "seconds", starts)]

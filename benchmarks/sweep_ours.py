@@ -7,6 +7,7 @@ object: the seconds of planning and of the sweep, and the test accuracy of each 
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -58,3 +59,4 @@ def jobs_of(plan):
 
 if __name__ == "__main__":
     main()
+    gc.freeze()  # as the command line does before it ends

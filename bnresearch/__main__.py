@@ -1,5 +1,6 @@
 """The command line: ``python -m bnresearch VERB --flags``."""
 
+import gc
 import inspect
 import json
 import os
@@ -81,9 +82,12 @@ def _eval(values: flags.FlagValues, argv: list[str]) -> None:
 def _study_flags(argv: list[str], values: flags.FlagValues) -> None:
     flags.DEFINE_string("scale", None, "smoke, quick or full", flag_values=values)
     flags.DEFINE_string("out", None, "the study's folder: made, or continued", flag_values=values)
-    help_text = "inline: in this process; local: worker processes; auto: what suits"
+    help_text = (
+        "inline: in this process; local: worker processes; population: runs that differ in numbers "
+        "only as one vmapped program; auto: what suits"
+    )
     flags.DEFINE_string("launcher", "auto", help_text, flag_values=values)
-    help_text = "worker processes; 0: one per GPU or core"
+    help_text = "worker processes (population: runs at a time); 0: one per GPU or core"
     flags.DEFINE_integer("launcher.workers", 0, help_text, 0, flag_values=values)
     help_text = "runs per arm and point, instead of the scale's"
     flags.DEFINE_integer("seeds", None, help_text, 1, flag_values=values)
@@ -264,4 +268,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # or python looks through all that jax has made before it ends: a third of a second
+    sys.exit(code)

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -140,6 +141,12 @@ class Checkpoints:
         if any(self.directory.glob("damaged-*")):
             _warn(f"{self.directory} holds damaged checkpoints only: starting from the beginning")
         return None
+
+    def discard(self) -> None:
+        """Removes them all, sound or not."""
+        self.close()
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
 
     def close(self) -> None:
         """Waits for what is being saved and ends the writing threads."""

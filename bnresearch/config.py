@@ -7,6 +7,7 @@ that the options of a choice that was not made never make two runs different.
 
 import json
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from bnresearch import (
     data,
     initialise,
     models,
+    native,
     norm_config,
     optim,
     parallel,
@@ -32,7 +34,7 @@ from bnresearch.norm import NORMS
 from bnresearch.rundir import config_hash as config_hash
 
 # Part of every hash: raised when the meaning of a key or of a default changes.
-SCHEMA = 2
+SCHEMA = 3
 
 STATISTICS = ("microbatch", "batch")
 DTYPES = ("float32", "bfloat16")
@@ -51,7 +53,19 @@ CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
 
 def default_config() -> ConfigDict:
     """Every key there is, with its default: digits, an MLP with BatchNorm, SGD with momentum."""
-    return ConfigDict(_defaults())
+    return pickle.loads(_pickled_defaults())
+
+
+def _pickled_defaults() -> bytes:
+    """Making a ConfigDict of every key takes five times as long as reading a pickled one. The
+    tables may have changed since: kinds of norms are added by those who use this."""
+    defaults = _defaults()
+    if not _PICKLED or _PICKLED[0] != defaults:
+        _PICKLED[:] = defaults, pickle.dumps(ConfigDict(defaults))
+    return _PICKLED[1]
+
+
+_PICKLED: list[Any] = []  # what _defaults() was, and its ConfigDict
 
 
 def _defaults() -> dict[str, Any]:
@@ -73,7 +87,8 @@ def _defaults() -> dict[str, Any]:
             checkpoint_every="1ep",  # or never: saved only where the run is stopped
             keep=2,  # checkpoints
         ),
-        parallel=dict(mode="jit", devices=0),  # 0: all there are
+        # devices, 0: all there are; convolutions on CPU: auto | xla | onednn, see native
+        parallel=dict(mode="jit", devices=0, convolutions="auto"),
     )
 
 
@@ -192,6 +207,7 @@ def validate(config: ConfigDict) -> None:
     _check_choice("dtype", config.dtype, DTYPES)
     _check_choice("train.accumulate_statistics", config.train.accumulate_statistics, STATISTICS)
     lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
+    lookup(native.MODES, config.parallel.convolutions, "parallel.convolutions")
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed} is too large; give a number below 2**31")
     for key in ("train.accumulate", "train.keep", "data.batch_size"):

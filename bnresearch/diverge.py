@@ -48,7 +48,7 @@ def site_moments(experiment: Experiment, state: State) -> list[tuple[str, dict[s
 
     compiled = layout.compile(forward, sharded_feed=dataset.sharded_feed, donate=False)
     feed = train_feed(experiment, int(state.step), 1)
-    result = compiled(layout.put(state), feed, experiment.numbers, jnp.int32(1))
+    result = compiled(layout.put(state), feed, experiment.numbers, np.int32(1))
     sites = []
     for paths, moments in zip(order, jax.device_get(layout.get(result)), strict=True):
         flat = flatten_dict(moments)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from bnresearch import config as configs
-from bnresearch import data, optim
+from bnresearch import data, native, optim
 from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
 from bnresearch.models import MODELS
@@ -37,6 +38,11 @@ CPU_INIT = {"xla_backend_optimization_level": 1}
 # Of the first batch, on how many examples an initialiser that depends on data looks at most: enough
 # for one number per layer, and a forward pass that fits where the training does.
 FIRST_LOOK = 256
+
+
+# Steps of a convolutional net in one call on CPU: XLA takes memory from the system for each call,
+# and new memory costs as much as a third of a step; a signal to stop waits for the end of a call.
+CONVOLVED_STEPS = 16
 
 
 class Feeder:
@@ -67,6 +73,7 @@ class Program(NamedTuple):
     train: Callable[..., State]
     eval_steps: dict[str, Callable[..., Tree]]
     feeders: dict[str, Feeder]
+    together: dict[tuple[str, int], Any]  # of together.py: what trains so many runs at once
 
 
 class Experiment(NamedTuple):
@@ -74,8 +81,9 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     resolved: dict[str, Any]
-    numbers: dict[str, jax.Array]
+    numbers: dict[str, np.ndarray]
     program: Program
+    members: int = 1  # how many runs each of its compiled calls is for
 
     @property
     def seed(self) -> int:
@@ -86,7 +94,8 @@ class Experiment(NamedTuple):
         return optim.steps(f"train.{name}", self.config.train[name], self.program.steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
-        return float(self.config.optim.learning_rate * self.program.schedule(step))
+        factor = np.float32(self.program.schedule(step))
+        return float(np.float32(self.config.optim.learning_rate) * factor)
 
 
 # The newest programs; streams are not kept, because they own worker processes.
@@ -109,7 +118,7 @@ def prepare(config: ConfigDict) -> Experiment:
         # The number of devices then decides what the statistics are: it is part of the config.
         resolved["parallel"]["devices"] = len(pick_devices(config.parallel.devices))
     numbers = {
-        key: jnp.asarray(value, jnp.int32 if key == "seed" else jnp.float32)
+        key: np.asarray(value, np.int32 if key == "seed" else np.float32)
         for key, value in configs.numbers(resolved).items()
     }
     key = configs.program_key(resolved)
@@ -166,10 +175,13 @@ def _build(config: ConfigDict) -> Program:
     check_rules(config, dataset.info.shape, dataset.info.num_classes)
     steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
     total = optim.steps("train.duration", config.train.duration, steps_per_epoch)
-    schedule = optim.schedule(config.optim.schedule, total, steps_per_epoch)
-    # On CPU a convolution inside a compiled loop is several times slower than by itself.
+    schedule = jax.jit(optim.schedule(config.optim.schedule, total, steps_per_epoch))
+    # On CPU a convolution of XLA inside a compiled loop is several times slower than by itself.
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    looping = not dataset.sharded_feed and (entry.dense or not on_cpu)
+    convolved = on_cpu and not entry.dense
+    looping = not dataset.sharded_feed and (not convolved or _by_onednn(config, layout))
+    most = dataset.max_steps_per_feed
+    chunk = min(most, CONVOLVED_STEPS) if convolved else most
     step = make_train_step(config, dataset, layout, schedule)
     train = layout.compile(
         looped(step) if looping else single(step), sharded_feed=dataset.sharded_feed
@@ -180,7 +192,7 @@ def _build(config: ConfigDict) -> Program:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         schedule=schedule,
-        chunk=dataset.max_steps_per_feed if looping else 1,
+        chunk=chunk if looping else 1,
         init=jax.jit(
             _init(config, make_init(config, dataset.info.shape, dataset.info.num_classes)),
             compiler_options=CPU_INIT if on_cpu else None,
@@ -189,7 +201,15 @@ def _build(config: ConfigDict) -> Program:
         train=train,
         eval_steps={},
         feeders={},
+        together={},
     )
+
+
+def _by_onednn(config: ConfigDict, layout: Layout) -> bool:
+    """Whether no convolution of the step is left to XLA, as far as can be seen before tracing."""
+    whole = layout.shares == layout.device_count  # else the compiler shares arrays out
+    plain = config.dtype == "float32" and config.train.accumulate == 1
+    return whole and plain and native.expected(config.parallel.convolutions)
 
 
 def _init(config: ConfigDict, start: Callable[[Tree], State]) -> Callable[[Tree], State]:
@@ -222,7 +242,7 @@ def _trace(experiment: Experiment) -> None:
     _check_memory(state, layout.mesh.devices.flat[0])
     state = layout.like(state)
     feed = train_feed(experiment, 0, 1)
-    jax.eval_shape(program.train, state, feed, experiment.numbers, jnp.int32(1))
+    jax.eval_shape(program.train, state, feed, experiment.numbers, np.int32(1))
 
 
 def _check_memory(state: State, device: jax.Device) -> None:
@@ -264,6 +284,18 @@ def train_feed(experiment: Experiment, step: int, count: int) -> Tree:
     return program.feeders.setdefault("train", Feeder(layout.put))(feed)
 
 
+def eval_step(experiment: Experiment, use: str) -> Callable[..., Tree]:
+    """The compiled ``(params, batch_stats, feed, step) -> sums`` over one evaluation batch."""
+    config, program = experiment.config, experiment.program
+    if use not in program.eval_steps:
+        size, mesh = config.data.eval_batch_size, program.layout.mesh
+        divides = mesh.size > 1 and size % mesh.size == 0
+        sharding = NamedSharding(mesh, PartitionSpec(AXES)) if divides else None
+        step = make_eval_step(config, program.dataset, size, sharding, use=use)
+        program.eval_steps[use] = jax.jit(step)
+    return program.eval_steps[use]
+
+
 def evaluator(experiment: Experiment, use: str) -> Callable[[State, str], dict[str, float]]:
     """``(state, split) -> metrics`` over every example of a split, counted once.
 
@@ -271,22 +303,17 @@ def evaluator(experiment: Experiment, use: str) -> Callable[[State, str], dict[s
     statistics there is nothing that the mode could change.
     """
     config, program = experiment.config, experiment.program
-    dataset, mesh = program.dataset, program.layout.mesh
-    if use not in program.eval_steps:
-        size = config.data.eval_batch_size
-        divides = mesh.size > 1 and size % mesh.size == 0
-        sharding = NamedSharding(mesh, PartitionSpec(AXES)) if divides else None
-        program.eval_steps[use] = jax.jit(make_eval_step(config, dataset, size, sharding, use=use))
-    step, whole = program.eval_steps[use], NamedSharding(mesh, PartitionSpec())
+    dataset = program.dataset
+    step, whole = eval_step(experiment, use), NamedSharding(program.layout.mesh, PartitionSpec())
 
     def evaluate(state: State, split: str) -> dict[str, float]:
         params, batch_stats = placed((state.params, state.batch_stats), whole)
         put = program.feeders.setdefault(split, Feeder(lambda x: jax.device_put(x, whole)))
-        sums = None
+        sums = []
         for index in range(dataset.eval_steps(split)):
             feed = put(dataset.eval_feed(split, index))
-            batch = step(params, batch_stats, feed, jnp.int32(index))
-            sums = batch if sums is None else jax.tree.map(jnp.add, sums, batch)
-        return TASKS[config.task.name].metrics(jax.device_get(sums))
+            sums.append(step(params, batch_stats, feed, np.int32(index)))
+        total = jax.tree.map(lambda *batches: sum(batches), *jax.device_get(sums))
+        return TASKS[config.task.name].metrics(total)
 
     return evaluate

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnresearch.errors import UserError
+from bnresearch.kinds.batch import activated
 from bnresearch.layers import Norm
 from bnresearch.models.blocks import in_head
 from bnresearch.norm import NORMS
@@ -250,7 +251,9 @@ def _match(
             flat[(*made[0], "kernel")] = flat[(*made[0], "kernel")] * (scale / std)
             flat[(*module.path, "bias")] = -mean * scale / std
             seen[len(seen), "/".join(module.path)] = mean, var
-            return ((x - mean) / std * scale).astype(x.dtype)
+            y = (x - mean) / std * scale
+            behind = (keywords.get(name) for name in ("activation", "add"))
+            return activated(y, *behind).astype(x.dtype)
         y = following(*arguments, **keywords)
         if called and isinstance(module, nn.Conv | nn.Dense):
             last[:] = [(y, module.path)]

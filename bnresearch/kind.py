@@ -12,7 +12,19 @@ import jax
 from bnresearch.sets import Stats
 
 # What the layer hands to a function that names it among its keywords.
-CONTEXT = ("use", "scope", "mask", "rng", "domain", "condition", "time", "linear", "activates")
+CONTEXT = (
+    "use",
+    "scope",
+    "mask",
+    "rng",
+    "domain",
+    "condition",
+    "time",
+    "linear",
+    "activates",
+    "activation",
+    "add",
+)
 
 
 def no_params(features: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +38,9 @@ class Kind(NamedTuple):
       function: ``function(x, [parameters,] [running,] *, context, options) -> y``, or
         ``(y, new running)`` for a kind with state, or ``(y, new running, penalty)`` for one that
         adds a scalar to the loss. Parameters are given by name, an absent one as None. Context (the
-        names of CONTEXT) is given where the signature names it.
+        names of CONTEXT) is given where the signature names it. One that names ``activation`` (a
+        function, or None) and ``add`` (an array like x, or None) gives ``activation(y + add)`` for
+        y; behind others the layer does that.
       options: its options and their defaults. Floats may be traced arrays, so that a sweep over
         them compiles once; integers, strings, booleans and tuples are static.
       params: ``params(features, options) -> {name: start}``, float32 arrays.

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from bnresearch import norm as norms
 from bnresearch.errors import UserError, lookup
+from bnresearch.kinds.batch import activated
 from bnresearch.norm import Kind, Scope, Sets, kind_of
 from bnresearch.reparam import REPARAMS
 from bnresearch.sets import align_mask
@@ -99,8 +100,26 @@ class Norm(nn.Module):
         return kind_of(self.chosen.kind).activates
 
     @nn.compact
-    def __call__(self, x: jax.Array, **inputs: Any) -> jax.Array:
-        """``[batch, ..., features]`` to the same shape and dtype; ``inputs`` as `site_inputs`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        add: jax.Array | None = None,
+        **inputs: Any,
+    ) -> jax.Array:
+        """``activation(norm(x) + add)``, for kinds with batch statistics as one function that keeps
+        nothing but its arguments and the statistics for the backward pass.
+
+        Args:
+          x: ``[batch, ..., features]``.
+          activation: applied to the output; None: none.
+          add: of the shape of x, added to the output first; None: nothing.
+          **inputs: as of `site_inputs`.
+
+        Returns:
+          An array of the shape and dtype of x.
+        """
         inputs = {**_given.get({}), **{k: v for k, v in inputs.items() if v is not None}}
         for name in inputs:
             lookup(dict.fromkeys(INPUTS), name, "side input of a norm")
@@ -124,9 +143,14 @@ class Norm(nn.Module):
             # The state of such a kind has the shape of the kernel.
             context["linear"] = linear_map
             options = {**options, "linear": linear_map}
+        fused = "activation" in kind.context
+        if fused:
+            context |= {"activation": activation, "add": add}
         if kind.state is None:
-            return norms.apply(kind, x, params, None, context, options).y
-        return self._with_running(kind, x, params, context, options)
+            y = norms.apply(kind, x, params, None, context, options).y
+        else:
+            y = self._with_running(kind, x, params, context, options)
+        return y if fused else activated(y, activation, add)
 
     def _params(
         self, kind: Kind, options: Mapping[str, Any], features: int
@@ -187,7 +211,7 @@ class Norm(nn.Module):
     def _observe(self, x: jax.Array, mask: Any) -> None:
         if self.is_mutable_collection("moments") and not self.is_initializing():
             sets = Sets(x, self.stats_scope, mask)
-            moments = norms.whole_batch(sets, norms.moments(sets)[1])
+            moments = norms.whole_batch(sets, norms.moments(sets))
             self.put_variable("moments", "mean", moments.mean)
             self.put_variable("moments", "var", moments.var)
             count = jnp.asarray(sets.batch_count(), jnp.float32)
@@ -196,13 +220,17 @@ class Norm(nn.Module):
 
 @dataclass(frozen=True)
 class NormMaker:
-    """The constructor of norms that a model receives; it never sees what is in here."""
+    """The constructor of norms that a model receives; it never sees what is in here.
+
+    ``convolutions`` is for the linear maps beside the norms: a key of `native.MODES`.
+    """
 
     choice: Choice
     rules: tuple[Rule, ...] = ()
     use: str = "batch"
     scope: Scope = Scope()
     weights: str = "auto"
+    convolutions: str = "auto"
     _last: list[tuple[jax.Array, LinearMap]] = field(default_factory=list, compare=False)
 
     def __call__(

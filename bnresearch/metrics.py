@@ -9,11 +9,12 @@ NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity",
 such numbers; ``read_metrics`` gives floats back. This module imports neither jax nor flax.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -139,9 +140,9 @@ class _Events:
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
-        # 0.15 s that only runs pay
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _hidden("torch"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
@@ -168,6 +169,20 @@ class _Events:
 
     def close(self) -> None:
         self._writer.close()
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """As if a module were not installed: tensorboardX imports torch where it is, to recognise its
+    arrays, which takes a second of every start."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 # ---- Progress

@@ -26,7 +26,8 @@ from bnresearch.kinds import (
     whitening,
 )
 from bnresearch.kinds.batch import batch_norm, normalise
-from bnresearch.sets import Scope, Sets, Stats, moments, pool, whole_batch
+from bnresearch.moments import moments
+from bnresearch.sets import Scope, Sets, Stats, pool, whole_batch
 
 __all__ = [
     "CONTEXT",

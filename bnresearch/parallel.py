@@ -242,7 +242,13 @@ class JitLayout(Layout):
         return 1, self.microbatch // size
 
     def _make_scope(self, groups: int, splits: int) -> Scope:
-        return Scope(splits=groups * splits)
+        sets, devices = groups * splits, self.device_count
+        if devices == 1:
+            return Scope(splits=sets)
+        # Sets of several devices are cut where the devices' shares end.
+        parts = devices // sets if devices % sets == 0 else 1
+        mesh = Mesh(self.mesh.devices.reshape(-1, parts), AXES)
+        return Scope(splits=sets, parts=parts, mesh=mesh)
 
     @property
     def shares(self) -> int:
@@ -268,9 +274,9 @@ class ShardMapLayout(Layout):
     """The per-device view, written out with named axes on the mesh (group, replica)."""
 
     def _make_scope(self, groups: int, splits: int) -> Scope:
-        if splits > 1:
+        if groups == self.device_count > 1:
             return Scope(pool=AXES, splits=splits)
-        return Scope(merge="replica", pool="group")
+        return Scope(merge=AXES) if groups == 1 else Scope(merge="replica", pool="group")
 
     def _share(self) -> jax.Array:
         return jax.lax.axis_index(AXES)

@@ -214,8 +214,14 @@ def hooks(transform: Callable[[jax.Array], jax.Array]) -> Hooks:
     float32 and rounded once more.
     """
 
-    def conv(x: jax.Array, kernel: jax.Array, *arguments: Any, **keywords: Any) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, transform(kernel), *arguments, **keywords)
+    def conv(
+        x: jax.Array,
+        kernel: jax.Array,
+        *arguments: Any,
+        convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+        **keywords: Any,
+    ) -> jax.Array:
+        return convolve(x, transform(kernel), *arguments, **keywords)
 
     def dense(x: jax.Array, kernel: jax.Array, *arguments: Any, **keywords: Any) -> jax.Array:
         return jax.lax.dot_general(x, transform(kernel), *arguments, **keywords)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnresearch.errors import UserError, lookup
 
@@ -31,24 +33,29 @@ class Scope:
     """Over what one set of batch statistics is computed.
 
     Attributes:
-      merge: named axis over which the statistics that normalise are merged (None: no merging).
+      merge: named axis, or axes, over which the statistics that normalise are merged (None: no
+        merging).
       merge_groups: for ``pmap``, whose mesh has one axis only: the devices that merge together.
       pool: named axis, or axes, over which the *running* statistics are pooled besides. The running
         ones always describe the whole batch, whatever normalised it.
       splits: equal contiguous parts of the leading axis that are normalised apart from each other.
+      parts: under ``jit``: over how many devices the compiler spreads each of these sets, in equal
+        contiguous parts. It changes no number, only how many messages are sent.
+      mesh: under ``jit`` on several devices: these, as ``[groups that share sets, parts]``.
 
     The default is the whole array: under ``jit`` that is the whole batch on however many devices.
     """
 
-    merge: str | None = None
+    merge: str | tuple[str, ...] | None = None
     merge_groups: tuple[tuple[int, ...], ...] | None = None
     pool: str | tuple[str, ...] | None = None
     splits: int = 1
+    parts: int = 1
+    mesh: Mesh | None = None
 
     def axes(self) -> set[str]:
         """All named axes over which the batch is spread."""
-        pool = (self.pool,) if isinstance(self.pool, str) else self.pool or ()
-        return {self.merge, *pool} - {None}  # type: ignore[return-value]
+        return {*_names(self.merge), *_names(self.pool)}
 
     def merged_devices(self) -> int:
         if self.merge is None:
@@ -56,6 +63,10 @@ class Scope:
         if self.merge_groups is not None:
             return len(self.merge_groups[0])
         return jax.lax.axis_size(self.merge)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -128,8 +139,10 @@ class Sets:
       x: the input in float32 at least (as it is with ``stat_dtype="input"``), ``[..., features]``,
         with a leading axis for the sets if one device holds several (a leading axis of length 1
         makes XLA's reductions on CPU twice as slow).
+      whole: the same in the shape of the input.
       mask: which values count: boolean, broadcasting against ``x``; None: all of them.
       count: values per set and feature: a plain number, or with a mask an array like `mean` gives.
+      scope: the scope that was given.
 
     Raises:
       UserError: a mask that does not fit, or sets that do not divide the examples.
@@ -147,10 +160,11 @@ class Sets:
                 f"{x.shape[0]} examples on this device do not divide into {scope.splits} sets of "
                 "statistics; choose a batch size that is a multiple, or another norm.scope"
             )
-        self._scope, self._shape, self._dtype = scope, x.shape, x.dtype
+        self.scope, self._shape, self._dtype = scope, x.shape, x.dtype
         self.mask = None if mask is None else self._cut(align_mask(mask, x.shape))
         lookup(dict.fromkeys(STAT_DTYPES), stat_dtype, "stat_dtype")
-        self.x = self._cut(wide(x) if stat_dtype == "float32" else x)
+        self.whole = wide(x) if stat_dtype == "float32" else x
+        self.x = self._cut(self.whole)
         self._axes = tuple(range(0 if scope.splits == 1 else 1, self.x.ndim - 1))
         self.count: Any = (
             math.prod(x.shape[:-1]) // scope.splits * scope.merged_devices()
@@ -159,7 +173,7 @@ class Sets:
         )
 
     def _cut(self, x: jax.Array) -> jax.Array:
-        splits = self._scope.splits
+        splits = self.scope.splits
         if splits == 1:
             return x
         if x.shape[0] == 1:  # of a mask
@@ -170,9 +184,9 @@ class Sets:
         """Sum over each set (mask or masked values), merged over its devices."""
         shape = (*self.x.shape[:-1], values.shape[-1])
         total = jnp.broadcast_to(values, shape).sum(self._axes, keepdims=True, dtype=self.x.dtype)
-        if self._scope.merge is None:
+        if self.scope.merge is None:
             return total
-        return jax.lax.psum(total, self._scope.merge, axis_index_groups=self._scope.merge_groups)
+        return jax.lax.psum(total, self.scope.merge, axis_index_groups=self.scope.merge_groups)
 
     def mean(self, values: jax.Array) -> jax.Array:
         """The mean of ``values`` (shaped like `x`) over each set, broadcasting against `x`.
@@ -183,14 +197,14 @@ class Sets:
         if self.mask is not None:
             return self._sum(jnp.where(self.mask, values, 0)) / jnp.maximum(self.count, 1)
         local = values.mean(self._axes, keepdims=True)
-        if self._scope.merge is None:
+        if self.scope.merge is None:
             return local
-        return jax.lax.pmean(local, self._scope.merge, axis_index_groups=self._scope.merge_groups)
+        return jax.lax.pmean(local, self.scope.merge, axis_index_groups=self.scope.merge_groups)
 
     def batch_mean(self, values: jax.Array) -> jax.Array:
         """The mean over all sets of the whole batch, weighted by their counts, of one value per
         set and feature (as `mean` gives them): ``[features]``."""
-        splits, pool = self._scope.splits, self._scope.pool
+        splits, pool = self.scope.splits, self.scope.pool
         values = values.reshape(splits, -1)
         if self.mask is None:
             mean = values.mean(0) if splits > 1 else values[0]
@@ -204,81 +218,83 @@ class Sets:
     def batch_count(self) -> Any:
         """Values per feature of the whole batch: a plain number, or with a mask an array."""
         if self.mask is None:
-            devices = math.prod(jax.lax.axis_size(axis) for axis in self._scope.axes())
+            devices = math.prod(jax.lax.axis_size(axis) for axis in self.scope.axes())
             return math.prod(self._shape[:-1]) * devices
         # Every device of a merged group has the count of the group: the mean over them, times how
         # many groups there are.
-        count = self.count.reshape(self._scope.splits, -1).sum(0)
-        if self._scope.pool is None:
+        count = self.count.reshape(self.scope.splits, -1).sum(0)
+        if self.scope.pool is None:
             return count
-        devices = math.prod(jax.lax.axis_size(axis) for axis in self._scope.axes())
-        groups = devices // self._scope.merged_devices()
-        return jax.lax.pmean(count, self._scope.pool) * groups
+        devices = math.prod(jax.lax.axis_size(axis) for axis in self.scope.axes())
+        groups = devices // self.scope.merged_devices()
+        return jax.lax.pmean(count, self.scope.pool) * groups
+
+    @property
+    def cells(self) -> int:
+        """How many parts of sets there are that each lie on one device: one per set unless the
+        compiler spreads a set over devices."""
+        splits, parts = self.scope.splits, self.scope.parts
+        return splits if self._shape[0] % (splits * parts) else splits * parts
+
+    def in_cells(self) -> tuple[jax.Array, jax.Array | None]:
+        """Input and mask as `x` and `mask` are, but with a leading axis for the cells instead of
+        one for the sets, and only if there are several."""
+        cells, splits = self.cells, self.scope.splits
+        if cells == splits:
+            return self.x, self.mask
+        x = self.whole.reshape(cells, -1, *self._shape[1:])
+        if self.mask is None:
+            return x, None
+        mask = self.mask[None] if splits == 1 else self.mask
+        if mask.shape[1] > 1:
+            return x, mask.reshape(cells, -1, *mask.shape[2:])
+        return x, mask if len(mask) == 1 else jnp.repeat(mask, cells // splits, 0)
+
+    def per_set(self, values: jax.Array) -> jax.Array:
+        """``[sets, features]`` so that it broadcasts against `x`."""
+        lead = () if self.scope.splits == 1 else (self.scope.splits,)
+        return values.reshape(*lead, *(1,) * len(self._axes), values.shape[-1])
 
     def join(self, y: jax.Array) -> jax.Array:
         """What was computed from `x`, in the shape and dtype of the input."""
         return y.reshape(self._shape).astype(self._dtype)
 
 
-def _two_pass(sets: Sets) -> tuple[jax.Array, Stats]:
-    """``mean((x - m)^2)``. Centred once for both the variance and the output: one sum less in the
-    gradient. Exact at any offset."""
-    mean = sets.mean(sets.x)
-    centred = sets.x - mean
-    return centred, Stats(mean, sets.mean(jnp.square(centred)))
+def gathered(values: jax.Array, scope: Scope, pool: bool = False) -> jax.Array:
+    """``[sets, parts, ...]`` of this device to ``[sets, parts of all devices, ...]``, on every one
+    of those over which the scope merges (or pools): one message.
 
-
-def _fast(sets: Sets) -> tuple[jax.Array, Stats]:
-    """``max(mean(x^2) - m^2, 0)``: one pass, and in float32 worthless at ``|m| >> std``."""
-    mean = sets.mean(sets.x)
-    var = jnp.maximum(sets.mean(jnp.square(sets.x)) - jnp.square(mean), 0)
-    return sets.x - mean, Stats(mean, var)
-
-
-def _shifted(sets: Sets) -> tuple[jax.Array, Stats]:
-    """One pass over ``x - k`` with k a value of the batch itself: as fast, and as exact as two
-    passes wherever that value lies within a few standard deviations of the mean."""
-    shift = jax.lax.stop_gradient(sets.mean(_first(sets)))
-    shifted = sets.x - shift
-    rest = sets.mean(shifted)
-    var = jnp.maximum(sets.mean(jnp.square(shifted)) - jnp.square(rest), 0)
-    return shifted - rest, Stats(shift + rest, var)
-
-
-def _first(sets: Sets) -> jax.Array:
-    """The first value of each set and feature that counts, in the shape of ``sets.x``."""
-    start = 0 if sets.x.ndim == len(sets._shape) else 1
-    flat = sets.x.reshape(*sets.x.shape[:start], -1, sets.x.shape[-1])
-    if sets.mask is None:
-        first = flat[..., :1, :]
-    else:
-        mask = jnp.broadcast_to(sets.mask, sets.x.shape).reshape(flat.shape)
-        index = jnp.argmax(mask, axis=-2, keepdims=True)
-        first = jnp.take_along_axis(flat, index, axis=-2)
-    ones = (1,) * (len(sets._shape) - 2)
-    return jnp.broadcast_to(
-        first.reshape(*sets.x.shape[:start], 1, *ones, sets.x.shape[-1]), sets.x.shape
-    )
-
-
-VARIANCES = {"two_pass": _two_pass, "fast": _fast, "shifted": _shifted}
-
-
-def moments(sets: Sets, variance: str = "two_pass") -> tuple[jax.Array, Stats]:
-    """``x - mean``, and mean and biased variance of each set, both broadcasting against `Sets.x`.
-
-    The variance is the mean square distance from the mean merged over devices (never a mean of
-    variances).
+    A sum of arrays that are zero but for the device's own place: unlike `jax.lax.all_gather`, it
+    gives what every device is known to have, and takes groups in every mode.
     """
-    return lookup(VARIANCES, variance, "variance algorithm")(sets)
+    axes, groups = (scope.pool, None) if pool else (scope.merge, scope.merge_groups)
+    if scope.mesh is not None:
+        spec = PartitionSpec() if pool else PartitionSpec(scope.mesh.axis_names[0])
+        values = jax.lax.with_sharding_constraint(values, NamedSharding(scope.mesh, spec))
+    if axes is None:
+        return values
+    devices, place = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    if groups is not None:
+        places = np.zeros(devices, np.int32)
+        for group in groups:
+            places[list(group)] = np.arange(len(group))
+        devices, place = len(groups[0]), jnp.asarray(places)[place]
+    own = (jnp.arange(devices) == place).reshape(1, devices, *(1,) * (values.ndim - 1))
+    laid = jnp.where(own, values[:, None], 0)
+    every = jax.lax.psum(laid, axes, axis_index_groups=groups)
+    return every.reshape(values.shape[0], -1, *values.shape[2:])
 
 
 def whole_batch(sets: Sets, stats: Stats) -> Stats:
     """The moments of the sets pooled to those of the whole batch on all devices, ``[features]``:
-    mean of the means; mean of the variances plus variance of the means."""
-    mean = sets.batch_mean(stats.mean)
-    spread = jnp.square(stats.mean.reshape(-1, mean.shape[-1]) - mean)
-    return Stats(mean, sets.batch_mean(stats.var + spread.reshape(stats.mean.shape)))
+    mean of the means; mean of the variances plus variance of the means. One message, if any."""
+    splits = sets.scope.splits
+    if splits == 1 and sets.scope.pool is None:
+        return Stats(*(row.reshape(-1) for row in stats))
+    rows = [*stats] if sets.mask is None else [*stats, sets.count.astype(stats.mean.dtype)]
+    rows = [jnp.broadcast_to(row, stats.mean.shape).reshape(1, splits, 1, -1) for row in rows]
+    every = gathered(jnp.concatenate(rows, 2), sets.scope, pool=True)[0]
+    return pool(Stats(every[:, 0], every[:, 1]), 1 if sets.mask is None else every[:, 2])
 
 
 def pool(stats: Stats, count: Any = 1) -> Stats:

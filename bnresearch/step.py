@@ -42,6 +42,7 @@ def build_model(
         use,
         scope,
         config.norm.weights,
+        config.parallel.convolutions,
     )
     module = MODELS[config.model.name].module
     dtype = jnp.dtype(config.dtype)

@@ -4,13 +4,13 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -42,6 +42,7 @@ def run(
     command: Sequence[str] | None = None,
     stop: threading.Event | None = None,
     tensorboard: bool = True,
+    prepare: Callable[[ConfigDict], Experiment] = prepare,
 ) -> dict[str, Any]:
     """Train a config to its end in ``workdir``, going on from its newest checkpoint.
 
@@ -52,6 +53,7 @@ def run(
       command: recorded in status.json; the command line of this process by default.
       stop: set by the caller to stop the run; by default SIGTERM and Ctrl-C do so.
       tensorboard: whether to write TensorBoard events beside metrics.jsonl.
+      prepare: makes the experiment of the config; that of a member of a population is another one.
 
     Returns:
       The content of result.json; that of a run already done is returned as it stands.
@@ -119,7 +121,11 @@ def _run(
                 folder.set_status("failed", loop.step, f"{type(error).__name__}: {error}")
                 raise
     result = {"schema": SCHEMA, **result, "seconds": round(time.monotonic() - started, 3)}
+    if experiment.members > 1:  # its last bits are those of that many runs trained together
+        result["members"] = experiment.members
     folder.write_result(result)
+    if experiment.config.train.checkpoint_every == NEVER:
+        checkpoints.discard()  # of where it was stopped: who evaluates it would take it for the end
     return result
 
 
@@ -181,7 +187,7 @@ class Loop:
         while self.step < boundary and not stop.is_set():
             count = min(self.program.chunk, boundary - self.step)
             feed = train_feed(self.experiment, self.step, count)
-            carry = self.program.train(carry, feed, self.experiment.numbers, jnp.int32(count))
+            carry = self.program.train(carry, feed, self.experiment.numbers, np.int32(count))
             self.step += count
             self._tick(carry)
         state = self.program.layout.get(carry)

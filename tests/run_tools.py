@@ -58,3 +58,14 @@ def assert_one_message(text, parts, lines=1):
     assert "Traceback" not in text
     for part in parts:
         assert part in text, text
+
+
+class After:
+    """An event that is set when it has been looked at so many times."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def is_set(self):
+        self.looks -= 1
+        return self.looks < 0

@@ -25,7 +25,7 @@ ABOUT = {
     "command": ["python", "-m", "bnresearch", "study", "configs/studies/made_up.py"],
 }
 CONFIG = {
-    "schema": 2,
+    "schema": 3,
     "data": {"name": "digits", "batch_size": 60, "validation_fraction": 0.15, "split_seed": 0},
     "dtype": "float32",
     "init": {"name": "he"},

@@ -124,6 +124,10 @@ CHANGES = {
     ),
     "reserved": (('"size": grid', '"seed": grid'), ("cannot be called 'seed'",)),
     "reserved, too": (('"size": grid', '"mean": grid'), ("cannot be called 'mean'", "another")),
+    "two arms of one label": (
+        (NONE, f'{NONE}, "twin": Arm(overrides={{"norm.kind": "group"}}, label="none")'),
+        ("two arms are called 'none'", "a label of its own"),
+    ),
     # Tuning.
     "tunes an unknown axis": (('Tune("rate")', 'Tune("rat")'), ("axis in tune", "mean rate?")),
     "tunes on test": (

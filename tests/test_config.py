@@ -125,7 +125,7 @@ def test_every_default_is_in_the_resolved_form_of_some_choice():
 
 def test_a_run_of_another_schema_or_with_lost_keys_is_refused():
     resolved = configs.resolve(configs.default_config())
-    with pytest.raises(UserError, match=r"schema 0, the program has 2; use the version"):
+    with pytest.raises(UserError, match=r"schema 0, the program has 3; use the version"):
         configs.unresolve(resolved | {"schema": 0})
     with pytest.raises(UserError, match=r"unknown config key 'optim.momentum'; did you mean"):
         configs.unresolve(with_value(resolved, "optim.momentum", 0.9))

@@ -119,6 +119,17 @@ def test_gpus_are_those_that_jax_may_use(monkeypatch):
     assert launchers.gpus() == []  # there may be one, but no plugin for it
 
 
+def test_a_tpu_has_one_worker(monkeypatch):
+    monkeypatch.setattr(launchers, "_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(
+        launchers.importlib.util, "find_spec", lambda name: name == "libtpu" or None
+    )
+    assert launchers.default_workers() == 4  # the tests run on the CPU
+    monkeypatch.setattr(launchers, "_platforms", lambda: "")
+    assert launchers.default_workers() == 1
+    assert launchers.choose(100, 0) == "inline"
+
+
 @pytest.mark.parametrize(
     ("count", "places", "workers", "wanted"),
     [(8, 4, 0, "inline"), (9, 4, 0, "local"), (100, 1, 0, "inline"), (2, 1, 2, "local")],

@@ -268,3 +268,16 @@ def test_progress_that_does_not_advance_has_no_rate(clock):
     assert rate(5, 10) == (None, None)
     clock(1)
     assert rate(9, 10) == (2.0, 0.5)
+
+
+def test_events_do_not_import_torch(tmp_path):
+    """Where it is installed: that would take a second."""
+    code = f"""
+import sys
+from pathlib import Path
+from bnresearch.metrics import Metrics
+with Metrics(Path({str(tmp_path)!r})) as metrics:
+    metrics.write(1, "train", {{"loss": 1.0}})
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

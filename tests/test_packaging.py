@@ -22,7 +22,7 @@ LAYERS = (
     {"models"},
     {"state", "optim", "step", "parallel", "accumulate"},
     {"experiment", "evaluate", "diverge"},
-    {"train"},
+    {"train", "together"},
     # A question: what is asked, what it means for configs, and what speaks against it.
     {"claims", "words"},
     {"study"},

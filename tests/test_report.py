@@ -13,7 +13,6 @@ from study_tools import made_up_verdict, make_study
 
 from bnresearch import records, report, rundir
 from bnresearch.claims import Difference, Equivalence, Ordering, final, largest_usable, steps_to
-from bnresearch.errors import UserError
 from bnresearch.report import page
 
 RATE = {"values": [0.1, 0.3, 1.0], "keys": ["optim.learning_rate"], "log": True, "label": "rate η"}
@@ -369,41 +368,3 @@ def test_names_are_not_taken_for_html(tmp_path):
         assert evil in words_of(path)
     plots = (front.parent / "made_up/data.js").read_text().split("const RUNS")[0]
     assert "<script>alert" not in plots
-
-
-# ---- Where it may be written
-
-
-def test_a_site_is_replaced_whole(tmp_path):
-    make_study(tmp_path, seeds=1)
-    front = site(tmp_path)
-    (front.parent / "left.txt").write_text("over")
-    site(tmp_path)
-    assert not (front.parent / "left.txt").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_what_is_no_site_is_kept(tmp_path):
-    make_study(tmp_path, seeds=1)
-    precious = tmp_path / "report" / "notes.txt"
-    precious.parent.mkdir()
-    precious.write_text("precious")
-    with pytest.raises(UserError, match=r"report is neither empty nor a report .*--out"):
-        site(tmp_path)
-    assert precious.read_text() == "precious"
-    with pytest.raises(UserError, match="notes.txt is neither empty nor a report"):
-        report.write([records.load_study(tmp_path)], precious)
-
-
-def test_a_site_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    make_study(tmp_path, seeds=1)
-    front = site(tmp_path)
-    before = front.read_text()
-
-    def full(*args, **content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("bnresearch.report.site._render", full)
-    with pytest.raises(UserError, match="cannot write the report .*No space left on device"):
-        site(tmp_path)
-    assert front.read_text() == before

@@ -68,6 +68,16 @@ def test_a_slope_on_logarithms_is_an_exponent():
     assert found.estimate == pytest.approx(-1.5)
 
 
+@pytest.mark.parametrize(
+    ("log_x", "log_y", "unit"),
+    [("", "", "points per unit"), ("2", "", "points per doubling"), ("2", "2", "")],
+)
+def test_the_unit_of_a_slope(log_x, log_y, unit):
+    arms = {at("a", x=x): 90 + x + exactly(0, 0.01) for x in (1.0, 2.0, 4.0)}
+    found = one(slope(log_x=log_x, log_y=log_y), arms)
+    assert found.unit == unit
+
+
 def test_the_slope_of_a_difference_is_paired():
     luck = np.random.default_rng(0).normal(size=10) * 5
     arms = {at("a", x=x): luck * x + 2 * x for x in (1, 2, 3)}

@@ -40,7 +40,7 @@ class InMemory:
         span = self.max_steps_per_feed * self._batch
         self._epochs = (span + self._count - 2) // self._count + 1
         self._resident: dict[str, dict[str, jax.Array]] = {}
-        self._order: tuple[int, int, dict[str, jax.Array]] | None = None
+        self._order: tuple[int, int, dict[str, Any]] | None = None
 
     def feed(self, seed: int, step: int, steps: int = 1) -> dict[str, jax.Array]:
         """The whole training part and the order of the epochs around ``step``.
@@ -107,17 +107,17 @@ class InMemory:
         if split not in self._resident:
             stored = self._stored[part.stored]
             image, label = stored.image[part.indices], stored.label[part.indices]
-            self._resident[split] = {"image": jnp.asarray(image), "label": jnp.asarray(label)}
+            self._resident[split] = jax.device_put({"image": image, "label": label})
         return self._resident[split]
 
-    def _window(self, seed: int, first: int, last: int) -> dict[str, jax.Array]:
+    def _window(self, seed: int, first: int, last: int) -> dict[str, Any]:
         """The order of K epochs; kept until a step outside them is asked for."""
         if self._order is not None:
             known, start, window = self._order
             if known == seed and start <= first and last < start + self._epochs:
                 return window
-        order = _permutations(jnp.uint32(seed), jnp.int32(first), self._epochs, self._count)
-        window = {"order": order, "epoch": jnp.int32(first)}
+        order = _permutations(np.uint32(seed), np.int32(first), self._epochs, self._count)
+        window = {"order": order, "epoch": np.int32(first)}
         self._order = seed, first, window
         return window
 

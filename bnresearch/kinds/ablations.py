@@ -12,7 +12,17 @@ import jax.numpy as jnp
 
 from bnresearch import averages
 from bnresearch.errors import UserError
-from bnresearch.kinds.batch import affine, batch_moments, batch_norm, moved, normalise, standardise
+from bnresearch.kinds.batch import (
+    Activation,
+    affine,
+    batch_moments,
+    batch_norm,
+    moved,
+    normalise,
+    normalised,
+    standard_vectors,
+    standardise,
+)
 from bnresearch.kinds.within import prepared
 from bnresearch.sets import Scope, Sets, Stats, whole_batch
 
@@ -163,6 +173,8 @@ def stop_gradient_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Batch normalization with constant statistics in backward (Ioffe & Szegedy, 2015).
 
@@ -187,10 +199,18 @@ def stop_gradient_norm(
         or sets that do not fit.
     """
     if use == "running":
-        return normalise(x, running, scale, bias, epsilon), running
-    sets, _, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
-    fixed = jax.lax.stop_gradient(stats)
-    y = sets.join(standardise(sets.x - fixed.mean, fixed.var, scale, bias, epsilon))
+        return normalise(x, running, scale, bias, epsilon, activation, add), running
+    vectors = standard_vectors(scale, bias, epsilon)
+    y, sets, stats = normalised(
+        x,
+        running,
+        lambda stats: vectors(jax.lax.stop_gradient(stats)),
+        scope=scope,
+        mask=mask,
+        on_single=on_single,
+        activation=activation,
+        add=add,
+    )
     return y, moved(running, sets, stats, decay=decay)
 
 

@@ -1,6 +1,8 @@
 """Batch Normalization itself, and what every kind with batch statistics shares."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +11,8 @@ import numpy as np
 
 from bnresearch import averages
 from bnresearch.errors import UserError, lookup
-from bnresearch.sets import Scope, Sets, Stats, moments, whole_batch, wide
+from bnresearch.moments import KEPT, apart, moments, scaled
+from bnresearch.sets import Scope, Sets, Stats, whole_batch, wide
 
 ON_SINGLE = ("error", "warn", "beta")
 
@@ -56,15 +59,78 @@ def batch_moments(
     """
     sets = Sets(x, scope, mask, stat_dtype)
     single_value(sets, x.shape, on_single)
-    centred, stats = moments(sets, variance)
+    stats = set_moments(sets, running, variance, on_single)
+    return sets, sets.x - apart(stats.mean), stats
+
+
+def set_moments(sets: Sets, running: Any, variance: str, on_single: str) -> Stats:
+    """See `batch_moments`; single values are not looked for where they can be seen."""
+    stats = moments(sets, variance)
     if sets.mask is None:
-        return sets, centred, stats
+        return stats
     empty = sets.count == 0
-    centred = jnp.where(empty, sets.x - running.mean, centred)
     stats = Stats(*(jnp.where(empty, r, b) for r, b in zip(running[:2], stats, strict=True)))
     if on_single == "error":
         stats = stats._replace(var=jnp.where(sets.count == 1, jnp.nan, stats.var))
-    return sets, centred, stats
+    return stats
+
+
+Vectors = tuple[jax.Array, jax.Array, jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def normalised(
+    x: jax.Array,
+    running: Any,
+    vectors: Callable[[Stats], Vectors],
+    *,
+    scope: Scope = Scope(),
+    mask: Any = None,
+    variance: str = "two_pass",
+    stat_dtype: str = "float32",
+    on_single: str = "error",
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
+) -> tuple[jax.Array, Sets, Stats]:
+    """``activation((x - m) * a + b + add)`` with ``(m, a, b) = vectors(moments of each set)``: the
+    output, in the shape and dtype of x, the input in its sets, and the moments.
+
+    For the backward pass it keeps its arguments and the moments; the normalised input, what goes
+    into the activation, and the activation's derivative are computed again there.
+
+    Raises:
+      UserError: as `batch_moments`.
+    """
+    sets = Sets(x, scope, mask, stat_dtype)
+    single_value(sets, x.shape, on_single)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    def body(x: jax.Array, mask: Any, add: jax.Array | None) -> tuple[jax.Array, Stats]:
+        sets = Sets(x, scope, mask, stat_dtype)
+        stats = set_moments(sets, running, variance, on_single)
+        y = scaled(sets, *vectors(stats))
+        return activated(y, activation, add).astype(x.dtype), stats
+
+    y, stats = body(x, mask, add)
+    return y, sets, stats
+
+
+def activated(y: jax.Array, activation: Activation | None, add: jax.Array | None) -> jax.Array:
+    """``activation(y + add)``, each left out where it is None."""
+    y = y if add is None else y + add
+    return y if activation is None else activation(y)
+
+
+def standard_vectors(
+    scale: jax.Array | None, bias: jax.Array | None, epsilon: Any
+) -> Callable[[Stats], Vectors]:
+    """The vectors of `normalised` for ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
+
+    def vectors(stats: Stats) -> Vectors:
+        multiplier = affine(jax.lax.rsqrt(stats.var + epsilon), scale, None)
+        return stats.mean, multiplier, jnp.zeros(1) if bias is None else bias
+
+    return vectors
 
 
 def affine(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
@@ -88,10 +154,13 @@ def normalise(
     scale: jax.Array | None,
     bias: jax.Array | None,
     epsilon: Any,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> jax.Array:
-    """``(x - mean) / sqrt(var + epsilon) * scale + bias`` with given statistics, in float32, in
-    the dtype of x."""
-    return standardise(wide(x) - stats.mean, stats.var, scale, bias, epsilon).astype(x.dtype)
+    """``activation((x - mean) / sqrt(var + epsilon) * scale + bias + add)`` with given statistics,
+    in float32, in the dtype of x."""
+    y = standardise(wide(x) - stats.mean, stats.var, scale, bias, epsilon)
+    return activated(y, activation, add).astype(x.dtype)
 
 
 def moved(running: Any, sets: Sets, stats: Stats, **how: Any) -> Any:
@@ -117,6 +186,8 @@ def batch_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Batch normalization (Ioffe & Szegedy, 2015).
 
@@ -146,23 +217,27 @@ def batch_norm(
     Reducing Internal Covariate Shift, ICML, arXiv:1502.03167.
 
     Returns:
-      y in the shape and dtype of x, and the new running statistics, of the type of ``running``.
+      y in the shape and dtype of x (with ``activation``, a function, or ``add``, an array like x:
+      ``activation(y + add)``), and the new running statistics, of the type of ``running``. The
+      backward pass keeps x, add and the statistics; see `normalised`.
 
     Raises:
       UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
         mask or sets that do not fit; an unknown option value.
     """
     if use == "running":
-        return normalise(x, running, scale, bias, epsilon), running
-    sets, centred, stats = batch_moments(
+        return normalise(x, running, scale, bias, epsilon, activation, add), running
+    y, sets, stats = normalised(
         x,
         running,
+        standard_vectors(scale, bias, epsilon),
         scope=scope,
         mask=mask,
         variance=variance,
         stat_dtype=stat_dtype,
         on_single=on_single,
+        activation=activation,
+        add=add,
     )
-    y = sets.join(standardise(centred, stats.var, scale, bias, epsilon))
     how = dict(decay=decay, correction=correction, average=average, track=track)
     return y, moved(running, sets, stats, **how)

@@ -10,7 +10,7 @@ import numpy as np
 from bnresearch import averages
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import batch_norm, single_value
+from bnresearch.kinds.batch import Activation, batch_norm, single_value
 from bnresearch.kinds.history import places
 from bnresearch.sets import Scope, Sets, Stats, align_mask
 
@@ -70,6 +70,8 @@ def split_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Split batch normalization, or auxiliary BN (Xie, Tan, Gong, Wang, Yuille & Le, 2020).
 
@@ -120,6 +122,8 @@ def split_norm(
         on_single=on_single,
         scope=scope,
         mask=mask,
+        activation=activation,
+        add=add,
     )
 
 
@@ -192,6 +196,8 @@ def domain_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Domain-specific batch normalization (Chang, You, Seo, Kwak & Han, 2019).
 
@@ -234,6 +240,8 @@ def domain_norm(
         track=track,
         on_single=on_single,
         scope=scope,
+        activation=activation,
+        add=add,
     )
     if index.ndim == 0:
         scale, bias = _affine_of(scale, index), _affine_of(bias, index)
@@ -288,6 +296,8 @@ def recurrent_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Recurrent batch normalization (Cooijmans, Ballas, Laurent, Gulcehre & Courville, 2017).
 
@@ -328,6 +338,8 @@ def recurrent_norm(
         on_single=on_single,
         scope=scope,
         mask=mask,
+        activation=activation,
+        add=add,
     )
     new = running if use == "running" else _placed(running, index, new, valid)
     return (y if valid is True else jnp.where(valid, y, jnp.nan)), new

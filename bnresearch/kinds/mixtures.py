@@ -10,7 +10,8 @@ from bnresearch.errors import UserError
 from bnresearch.kinds import starts
 from bnresearch.kinds.batch import affine, batch_moments, moved, single_value, standardise
 from bnresearch.kinds.within import centred_and_var
-from bnresearch.sets import Scope, Sets, Stats, align_mask, moments, pool
+from bnresearch.moments import moments
+from bnresearch.sets import Scope, Sets, Stats, align_mask, pool
 
 
 def switchable_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -201,7 +202,8 @@ def batch_group_norm(
         aligned = _side_by_side(aligned, width)
     groups = Sets(_side_by_side(x, channels), inner, aligned, stat_dtype)
     single_value(groups, x.shape, on_single)
-    centred, stats = moments(groups, variance)
+    stats = moments(groups, variance)
+    centred = groups.x - stats.mean
     y = standardise(centred, stats.var, None, None, epsilon)
     y = y.reshape(*x.shape[:-1], channels, -1).swapaxes(-1, -2).reshape(x.shape)
     y = affine(y, scale, bias).astype(x.dtype)
@@ -209,7 +211,7 @@ def batch_group_norm(
         return y, running
     per_feature = Sets(x, inner, mask, stat_dtype)
     how = dict(decay=decay, correction=correction, average=average, track=track)
-    return y, moved(running, per_feature, moments(per_feature, variance)[1], **how)
+    return y, moved(running, per_feature, moments(per_feature, variance), **how)
 
 
 def _with_running(x: jax.Array, running: Any, channels: int, epsilon: Any) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import affine, batch_norm
+from bnresearch.kinds.batch import Activation, activated, affine, batch_norm
 from bnresearch.kinds.within import centred_and_var, prepared, refuse_single, values_in
 from bnresearch.sets import Scope, Stats, align_mask, masked_mean
 
@@ -58,6 +58,8 @@ def conditional_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Conditional batch normalization (de Vries, Strub, Mary, Larochelle et al., 2017).
 
@@ -88,8 +90,12 @@ def conditional_norm(
       UserError: a condition of another shape; statistics over one single value with
         ``on_single="error"``; integer input; a mask or sets that do not fit.
     """
-    y, new = batch_norm(
-        prepared(x)[0],
+    if condition is not None:
+        condition = _from_condition(condition, x, conditions)
+    scale = _modulated(scale, condition_scale, condition, x.ndim)
+    bias = _modulated(bias, condition_bias, condition, x.ndim)
+    return batch_norm(
+        x,
         None,
         None,
         running,
@@ -99,12 +105,8 @@ def conditional_norm(
         on_single=on_single,
         scope=scope,
         mask=mask,
+        activation=lambda y: activated(affine(y, scale, bias), activation, add),
     )
-    if condition is not None:
-        condition = _from_condition(condition, x, conditions)
-    scale = _modulated(scale, condition_scale, condition, x.ndim)
-    bias = _modulated(bias, condition_bias, condition, x.ndim)
-    return affine(y, scale, bias).astype(x.dtype), new
 
 
 def batch_instance_start(features: int, options: Any) -> dict[str, jax.Array]:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import affine, batch_moments, batch_norm, moved, normalise, standardise
+from bnresearch.kinds.batch import (
+    Activation,
+    Vectors,
+    affine,
+    batch_norm,
+    moved,
+    normalise,
+    normalised,
+    standard_vectors,
+)
 from bnresearch.sets import Scope, Stats, whole_batch
 
 
@@ -22,7 +31,12 @@ def _ghosts(scope: Scope, examples: int, size: int) -> Scope:
         )
     pool = tuple(sorted(scope.axes())) or None
     return dataclasses.replace(
-        scope, merge=None, merge_groups=None, pool=pool, splits=examples // size
+        scope,
+        merge=None,
+        merge_groups=None,
+        pool=pool,
+        splits=examples // size,
+        parts=1,
     )
 
 
@@ -44,6 +58,8 @@ def ghost_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Ghost batch normalization (Hoffer, Hubara & Soudry, 2017).
 
@@ -86,6 +102,8 @@ def ghost_norm(
         on_single=on_single,
         scope=scope if use == "running" else _ghosts(scope, x.shape[0], size),
         mask=mask,
+        activation=activation,
+        add=add,
     )
 
 
@@ -149,6 +167,8 @@ def batch_renorm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Renormed]:
     """Batch renormalization (Ioffe, 2017).
 
@@ -185,14 +205,26 @@ def batch_renorm(
         if not isinstance(value, jax.core.Tracer) and value < least:
             raise UserError(f"norm.renorm.{name}={value} clips everything; give at least {least}")
     if use == "running":
-        return normalise(x, running, scale, bias, epsilon), running
-    sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
-    deviation, usual = jnp.sqrt(stats.var + epsilon), jnp.sqrt(running.var + epsilon)
+        return normalise(x, running, scale, bias, epsilon, activation, add), running
     r_limit, d_limit = renorm_limits(running.updates, r_max, d_max, warm_up, r_ramp, d_ramp)
-    r = jnp.clip(deviation / usual, 1 / r_limit, r_limit)
-    d = jnp.clip((stats.mean - running.mean) / usual, -d_limit, d_limit)
-    r, d = jax.lax.stop_gradient((r, d))
-    y = sets.join(affine(centred * (r / deviation) + d, scale, bias))
+
+    def vectors(stats: Stats) -> Vectors:
+        deviation, usual = jnp.sqrt(stats.var + epsilon), jnp.sqrt(running.var + epsilon)
+        r = jnp.clip(deviation / usual, 1 / r_limit, r_limit)
+        d = jnp.clip((stats.mean - running.mean) / usual, -d_limit, d_limit)
+        r, d = jax.lax.stop_gradient((r, d))
+        return stats.mean, affine(r / deviation, scale, None), affine(d, scale, bias)
+
+    y, sets, stats = normalised(
+        x,
+        running,
+        vectors,
+        scope=scope,
+        mask=mask,
+        on_single=on_single,
+        activation=activation,
+        add=add,
+    )
     batch, count = whole_batch(sets, stats), sets.batch_count()
     return y, renorm_update(running, batch, count, decay=decay, epsilon=epsilon)
 
@@ -245,6 +277,8 @@ def extended_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """Extended batch normalization (Luo, Zhan, Wang & Gao, 2020).
 
@@ -271,10 +305,19 @@ def extended_norm(
         or sets that do not fit.
     """
     if use == "running":
-        return normalise(x, running._replace(var=running.var.mean()), scale, bias, epsilon), running
-    sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
-    shared = stats.var.mean(-1, keepdims=True)
-    y = sets.join(standardise(centred, shared, scale, bias, epsilon))
+        shared = running._replace(var=running.var.mean())
+        return normalise(x, shared, scale, bias, epsilon, activation, add), running
+    vectors = standard_vectors(scale, bias, epsilon)
+    y, sets, stats = normalised(
+        x,
+        running,
+        lambda stats: vectors(stats._replace(var=stats.var.mean(-1, keepdims=True))),
+        scope=scope,
+        mask=mask,
+        on_single=on_single,
+        activation=activation,
+        add=add,
+    )
     return y, moved(running, sets, stats, decay=decay)
 
 
@@ -292,6 +335,8 @@ def regularized_norm(
     on_single: str = "error",
     scope: Scope = Scope(),
     mask: Any = None,
+    activation: Activation | None = None,
+    add: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats, jax.Array]:
     """Regularized batch normalization (Wang, Wu & Huang, 2022).
 
@@ -324,10 +369,18 @@ def regularized_norm(
         or sets that do not fit.
     """
     if use == "running":
-        return normalise(x, running, scale, bias, epsilon), running, jnp.zeros(())
-    sets, centred, stats = batch_moments(x, running, scope=scope, mask=mask, on_single=on_single)
+        return normalise(x, running, scale, bias, epsilon, activation, add), running, jnp.zeros(())
+    y, sets, stats = normalised(
+        x,
+        running,
+        standard_vectors(scale, bias, epsilon),
+        scope=scope,
+        mask=mask,
+        on_single=on_single,
+        activation=activation,
+        add=add,
+    )
     deviation = jnp.sqrt(stats.var + epsilon) - jnp.sqrt(running.var + epsilon)
     distance = mean_penalty * jnp.square(stats.mean - running.mean)
     penalty = sets.batch_mean(distance + std_penalty * jnp.square(deviation)).sum()
-    y = sets.join(standardise(centred, stats.var, scale, bias, epsilon))
     return y, moved(running, sets, stats, decay=decay), penalty

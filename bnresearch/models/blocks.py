@@ -1,5 +1,6 @@
 """What all models are made of: linear layers, activations, and where normalisation stands."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bnresearch import native
 from bnresearch.errors import UserError, lookup
 from bnresearch.reparam import PLAIN, Hooks
 
@@ -65,7 +67,7 @@ class Parts:
         norm = self.norm(name=name, after_linear=not self.linear_bias, activation_follows=True)
         if norm.activates:
             return norm(x)
-        return norm(self.act(x)) if self.linear_bias else self.act(norm(x))
+        return norm(self.act(x)) if self.linear_bias else norm(x, activation=self.act)
 
     def conv(
         self,
@@ -79,7 +81,11 @@ class Parts:
         hooks: Hooks = PLAIN,
     ) -> jax.Array:
         """``[B, H, W, C]`` to ``[B, ceil(H/stride), ceil(W/stride), features]``; odd kernels."""
-        convolve = hooks.conv or jax.lax.conv_general_dilated
+        # Models without norm sites have no maker of norms that could say.
+        mode = getattr(self.norm, "convolutions", "auto")
+        convolve = native.conv_general_dilated(mode)
+        if hooks.conv:
+            convolve = functools.partial(hooks.conv, convolve=convolve)
         layer = nn.Conv(
             features,
             (kernel, kernel),

@@ -68,17 +68,18 @@ class BlockV1(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         p, y, end = self.parts, x, len(self.convs)
+        trunk = x
+        # The shortcut first: the last norm adds it, and wants to be called right behind its conv.
+        if changes_shape(x, self.convs):
+            trunk = resample(p, x, self.convs, self.shortcut)
+            if self.shortcut == "projection":
+                trunk = p.norm(name="norm_shortcut")(trunk)
         for i, conv in enumerate(self.convs[:-1], 1):
             y = p.conv(y, *conv, name=f"conv{i}", bias=p.linear_bias)
             y = p.norm_act(y, f"norm{i}")
         y = p.conv(y, *self.convs[-1], name=f"conv{end}")
         zero = {"scale_init": nn.initializers.zeros} if self.zero_gamma else {}
-        y = p.norm(name=f"norm{end}", **zero)(y)
-        if changes_shape(x, self.convs):
-            x = resample(p, x, self.convs, self.shortcut)
-            if self.shortcut == "projection":
-                x = p.norm(name="norm_shortcut")(x)
-        return p.act(x + y)
+        return p.norm(name=f"norm{end}", **zero)(y, activation=p.act, add=trunk)
 
 
 class BlockV2(nn.Module):

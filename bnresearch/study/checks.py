@@ -16,6 +16,7 @@ SCALES = ("smoke", "quick", "full")
 RESERVED = (
     *("arm", "seed", "id", "status", "seconds", "message", "step", "value", "censored", "at"),
     *("n", "mean", "count", "std", "low", "high", "diverged", "lost", "chosen", "edge"),
+    *("kind", "diverged_share", "diverged_low", "diverged_high", "claim", "effect"),
 )
 
 
@@ -71,6 +72,9 @@ def _check_dict(what: str, given: Any, kinds: tuple[type, ...] = ()) -> None:
 
 
 def _check_arms(study: Study) -> None:
+    labels = [getattr(arm, "label", "") or name for name, arm in study.arms.items()]
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise UserError(f"two arms are called {twice[0]!r}; give each a label of its own")
     for name, arm in study.arms.items():
         if not isinstance(arm, Arm):
             continue

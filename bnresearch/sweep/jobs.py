@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TICK_SECONDS = 0.25  # between the events of a launcher, at most
 PUT_OFF_SECONDS = 0.5  # until a run that another process holds is looked at again
 
 
@@ -51,6 +52,9 @@ class Event(NamedTuple):
     message: str = ""
 
 
+Events = Generator[Event | None, None, None]  # what a launcher is
+
+
 class Queue:
     """Jobs that wait, handed out so that each program is compiled by as few workers as possible."""
 
@@ -91,6 +95,10 @@ class Queue:
         if not jobs:
             del self._waiting[program]
         return job
+
+    def more(self, last: Job) -> Job | None:
+        """Another job of the program of ``last``, for whoever does several at a time."""
+        return self.take(last) if last.program in self._waiting else None
 
     def leave(self, last: Job | None) -> None:
         """Whoever did ``last`` is not at its program any more."""

@@ -24,32 +24,20 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-from bnresearch.sweep.jobs import Event, Job, Order, Queue
-from bnresearch.sweep.worker import LEFT, carry_out, record_failure
+from bnresearch.sweep.jobs import TICK_SECONDS, Event, Events, Job, Order, Queue
+from bnresearch.sweep.population import population
+from bnresearch.sweep.worker import LEFT, record_failure
 
-TICK_SECONDS = 0.25
 # Not `-m`: the package has imported its worker by then, of which python would warn.
 START = "import sys; from bnresearch.sweep import worker; worker.main(sys.argv[1:])"
 FUTILE_STARTS = 3  # workers in a row that end before they are ready, before the sweep gives up
 
-Events = Generator[Event | None, None, None]
 Launcher = Callable[[Queue, Order, int, threading.Event], Events]
 
 
 def inline(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Events:
     """One after the other in this process."""
-    last: Job | None = None
-    while len(queue) and not stop.is_set():
-        last = job = queue.take(last)
-        if job is None:
-            stop.wait(TICK_SECONDS)
-            yield None
-            continue
-        yield Event(job.id, "running")
-        event = carry_out(job, order, stop)
-        if event.status == "waiting":
-            queue.put_off(job)
-        yield event
+    return population(queue, order, 1, stop)
 
 
 # ---- Worker processes
@@ -225,8 +213,14 @@ def _python_path() -> str:
 
 
 def default_workers() -> int:
-    """One per GPU, else one per core."""
-    return len(gpus()) or len(_cores())
+    """One per GPU, else one per core; one alone has all of a machine's TPU."""
+    return len(gpus()) or (1 if _may_have_tpu() else len(_cores()))
+
+
+def _may_have_tpu() -> bool:
+    platforms = _platforms()
+    wanted = not platforms or "tpu" in platforms.split(",")
+    return wanted and importlib.util.find_spec("libtpu") is not None
 
 
 def _cores() -> list[int]:
@@ -273,7 +267,7 @@ def gpus() -> list[str]:
     return [str(n) for n in sorted(int(match[1]) for match in numbers if match)]
 
 
-LAUNCHERS: dict[str, Launcher] = {"inline": inline, "local": local}
+LAUNCHERS: dict[str, Launcher] = {"inline": inline, "local": local, "population": population}
 
 
 def choose(jobs: int, workers: int) -> str:

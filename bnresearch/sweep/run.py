@@ -51,7 +51,8 @@ def sweep(
       folder: where their run folders lie.
       launcher: a name in LAUNCHERS; "auto": local where there is work and room for it, or where
         workers are asked for.
-      workers: how many worker processes; 0: one per GPU or core.
+      workers: how many worker processes; 0: one per GPU or core. For the launcher population how
+        many runs train together; 0: what suits.
       show: progress as "bar" (a table), "lines" or "off"; "auto": a bar on a terminal.
       command: recorded in the runs' status.json; that of this process by default.
 

@@ -7,6 +7,7 @@ A worker that loses its coordinator, or is asked to stop, saves the run it is at
 
 import contextlib
 import functools
+import gc
 import os
 import queue
 import signal
@@ -24,10 +25,11 @@ from bnresearch.sweep.jobs import Event, Job, Order
 LEFT = 75  # exit code of a worker that was asked to end: a job it still has was not begun
 
 
-def carry_out(job: Job, order: Order, stop: threading.Event) -> Event:
-    """Bring a job to its end; whatever goes wrong is recorded in its folder and told."""
+def carry_out(job: Job, order: Order, stop: threading.Event, **options: Any) -> Event:
+    """Bring a job to its end; whatever goes wrong is recorded in its folder and told. What trains
+    is given the ``options`` of train.run."""
     try:
-        _measure(job, order) if job.measures else _train(job, order, stop)
+        _measure(job, order) if job.measures else _train(job, order, stop, **options)
     except Diverged as error:
         return Event(job.id, "diverged", str(error))
     except Stopped as error:
@@ -54,7 +56,7 @@ def record_failure(job: Job, order: Order, message: str) -> None:
             folder.set_status("failed", before.get("step", 0), message, device=None)
 
 
-def _train(job: Job, order: Order, stop: threading.Event) -> None:
+def _train(job: Job, order: Order, stop: threading.Event, **options: Any) -> None:
     from bnresearch import config, train
 
     train.run(
@@ -64,6 +66,7 @@ def _train(job: Job, order: Order, stop: threading.Event) -> None:
         command=order.command,
         stop=stop,
         tensorboard=False,
+        **options,
     )
 
 
@@ -130,7 +133,11 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
     signal.signal(signal.SIGTERM, end)
     threading.Thread(target=listen, daemon=True).start()
+    gc.disable()  # imports make hundreds of thousands of objects, and no garbage
     from bnresearch import train  # noqa: F401  it takes a while, and jobs need it
+
+    gc.freeze()
+    gc.enable()
 
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.send(Event("", "ready"))

@@ -17,6 +17,7 @@ from bnresearch.claims import (
 )
 
 LOGARITHM = {"": "{}", "e": "ln {}", "2": "log2 {}", "10": "log10 {}"}
+PER = {"": "per unit", "e": "per factor of e", "2": "per doubling", "10": "per factor of 10"}
 SINGULAR = {"points": "point", "steps": "step"}  # units that the lab itself gives
 
 
@@ -26,7 +27,8 @@ def written(value: float) -> str:
 
 def _of_one(value: float, unit: str) -> str:
     """The unit after this number."""
-    return SINGULAR.get(unit, unit) if abs(value) == 1 else unit
+    first, *rest = unit.split(" ")
+    return " ".join([SINGULAR.get(first, first), *rest]) if abs(value) == 1 else unit
 
 
 class Unit(NamedTuple):
@@ -91,15 +93,21 @@ def unit_of(claim: Claim, measure: Measure) -> Unit:
     """How the effects of a claim are shown."""
     sign = -1 if getattr(claim, "direction", "greater") == "less" else 1
     if isinstance(claim, Slope):
-        expected = claim.expected
-        if expected is not None:
-            return Unit(offset=expected, absolute=True)
-        return Unit(sign=sign)
+        name = _slope_unit(claim, measure)
+        if claim.expected is not None:
+            return Unit(name, offset=claim.expected, absolute=True)
+        return Unit(name, sign)
     if isinstance(claim, Value):
         offset = math.log(claim.expected) if measure.log else claim.expected
         return Unit(measure.unit, 1, measure.log, offset, absolute=True)
     name = "times" if measure.log else measure.difference_unit or measure.unit
     return Unit(name, sign, measure.log)
+
+
+def _slope_unit(claim: Slope, measure: Measure) -> str:
+    if claim.log_y or measure.log:
+        return ""
+    return f"{measure.difference_unit or measure.unit} {PER[claim.log_x]}".lstrip()
 
 
 # ---- Claims

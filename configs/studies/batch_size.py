@@ -3,18 +3,18 @@
     python -m bnresearch study configs/studies/batch_size.py --scale=quick --out=runs/batch_size
 
 Batches of 2 to 512 at a fixed number of examples seen: a plain conv net (2 layers of 8 and 2 of 16
-features) on 8x8 digits for 20 epochs, and an MLP (3 layers of 100) on Fashion-MNIST for half an
-epoch, about 26,000 examples each. The learning rate is 0.1 * sqrt(batch size / 32) for all arms.
+features) on 8x8 digits for 16 epochs, and an MLP (3 layers of 100) on Fashion-MNIST for 0.4 epochs,
+about 21,000 examples each. The learning rate is 0.1 * sqrt(batch size / 32) for all arms.
 Running averages remember at least 320 examples, so that small batches are not judged by averages
 that are themselves noise: decay 0.9 from batch 32 up, 1 - batch size / 320 below. BatchRenorm's
 schedule is the paper's in parts of the training: plain for 4 %, d_max 5 at 20 %, r_max 3 at 30 %.
 GhostNorm takes ghosts of 16 examples; in smaller batches it is BatchNorm. Needs Fashion-MNIST in
 TFDS_DATA_DIR.
 
-Found: in batches of 2 the MLP loses 62 points with BatchNorm (57 to 67, n = 10) and the conv net
-none: there GroupNorm is 1.3 points worse (0.6 to 1.9), which refutes the prediction. BatchRenorm
-gains 3.4 points (3.0 to 3.8) in the MLP in batches of 4. All verdicts: docs/studies.md.
-Cost: 293 s at quick on two CPU cores that had other work too (jax 0.10.2, 2026-11-20).
+Found: in batches of 2 the MLP loses 63 points with BatchNorm (59 to 67, n = 10) and the conv net
+none: there GroupNorm is 1.3 points worse (0.8 to 1.9), which refutes the prediction. BatchRenorm
+gains 3.8 points (3.3 to 4.3) in the MLP in batches of 4. All verdicts: docs/studies.md.
+Cost: 223 s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from bnresearch.study import (
 )
 
 SIZES = (2, 4, 8, 32, 128, 512)
-EXAMPLES = 26_000  # seen in a run, about
+EXAMPLES = 21_000  # seen in a run, about
 DENSE, CONV = "MLP, Fashion-MNIST", "conv net, digits"
 NETS = {
     CONV: {
@@ -41,9 +41,9 @@ NETS = {
         "model.plain.widths": (8, 16),
         "model.plain.convs": (2, 2),
         "norm.group.groups": 4,
-        "train.duration": "20ep",
-        "train.log_every": "5ep",
-        "train.eval_every": "5ep",
+        "train.duration": "16ep",
+        "train.log_every": "4ep",
+        "train.eval_every": "4ep",
     },
     DENSE: {
         "data.name": "fashion_mnist",
@@ -51,9 +51,9 @@ NETS = {
         "data.eval_batch_size": 1000,
         "model.name": "mlp",
         "norm.group.groups": 10,
-        "train.duration": "0.5ep",
-        "train.log_every": "0.125ep",
-        "train.eval_every": "0.125ep",
+        "train.duration": "0.4ep",
+        "train.log_every": "0.1ep",
+        "train.eval_every": "0.1ep",
     },
 }
 

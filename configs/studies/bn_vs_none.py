@@ -8,7 +8,7 @@ and without any norm; the latter also from the start that BatchNorm would have g
 batch (init.name=matched), so that what is left is not a matter of initialisation.
 
 Found: BatchNorm can use a rate ten times as large (supported, n = 10); the gain at the best rate of
-each, 0.5 points (0.1 to 1.0) against the matched start, is too small to be told from the 0.5 points
+each, 0.4 points (0.0 to 0.9) against the matched start, is too small to be told from the 0.5 points
 that would matter. Numbers and time: README.md.
 """
 

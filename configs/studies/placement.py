@@ -10,7 +10,7 @@ activation. Needs Fashion-MNIST in TFDS_DATA_DIR.
 
 Found: with sigmoid in the MLP, after is better by 1.4 points (1.1 to 1.6, n = 10), which refutes
 the prediction; eight of nine claims are inconclusive. All verdicts: docs/studies.md.
-Cost: 226 s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
+Cost: 197 s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
 """
 
 from bnresearch.study import (

@@ -11,7 +11,7 @@ first batch (init.name=matched).
 Found: BatchNorm can use 18 to 32 times the rate of a net without a norm, 6 to 18 times that of
 layer and group norm (all supported, n = 10). At the best rate of each it reads 1.9 points more
 (1.0 to 2.9) in the conv net; in the MLP nothing is shown. All verdicts: docs/studies.md.
-Cost: 183 s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
+Cost: 166 s at quick on two CPU cores (jax 0.10.2, 2026-11-20).
 """
 
 from bnresearch.study import (

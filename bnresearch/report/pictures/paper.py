@@ -195,7 +195,7 @@ def _paper_note(axes: Axes, mark: Note, panel: Panel) -> None:
 
 def _paper_heat(axes: Axes, mark: Heat, panel: Panel) -> None:
     ends: Any = {"vmin": mark.low, "vmax": mark.high if mark.high > mark.low else mark.low + 1}
-    image = axes.imshow(mark.z, "viridis", origin="lower", aspect="auto", **ends)
+    image = axes.imshow(mark.z, "viridis", origin="lower", aspect="auto", zorder=1, **ends)
     for row, column in np.ndindex(mark.z.shape):
         if np.isfinite(mark.z[row, column]):
             dark = mark.z[row, column] < 0.4 * ends["vmin"] + 0.6 * ends["vmax"]

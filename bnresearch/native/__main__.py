@@ -1,0 +1,24 @@
+"""``python -m bnresearch.native``: what there is for convolutions on this CPU, and compile it."""
+
+import sys
+
+from bnresearch.native import build
+
+
+def main() -> int:
+    """Prints what was found; 0 if convolutions can run by oneDNN here, else 1."""
+    for name, find in (("oneDNN", build.find_onednn), ("compiler", build.find_compiler)):
+        try:
+            print(f"{name}: {' '.join(map(str, find()))}")
+        except build.Missing as missing:
+            print(f"{name}: {missing}")
+    loaded = build.load()
+    if isinstance(loaded, build.Missing):
+        print(f"convolutions: XLA's, because {loaded}")
+        return 1
+    print(f"convolutions: oneDNN {loaded.onednn}, {loaded.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
