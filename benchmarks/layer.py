@@ -21,7 +21,7 @@ PEERS = [name for name in (*JAX, TORCH) if name != OURS]
 PASSES = ("forward", "forward and backward")
 HEADER = (
     *("input", "layer", "pass", "ms, bnresearch"),
-    *(f"{name} / bnresearch" for name in PEERS),
+    *(f"{name.removeprefix('bnresearch, ')} / bnresearch" for name in PEERS),
     *("temporary / input: bnresearch, flax.linen", "kept / input: bnresearch, flax.linen", "n"),
 )
 

@@ -7,6 +7,7 @@ features first, and gets its arrays so.
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from flax import linen as nn
 
 from benchmarks.plain import BatchNorm
 from bnresearch.layers import make_norm
+from bnresearch.norm import Scope
 
 Tree = Any
 SMALL = 100_000  # elements
@@ -37,14 +39,15 @@ class Layer(NamedTuple):
     features_first: bool = False
 
 
-def ours(x: jax.Array, what: str) -> Layer:
+def ours(x: jax.Array, what: str, kernels: str = "auto") -> Layer:
     """The site of a model of bnresearch, with what stands behind as a part of it."""
     activation = nn.relu if "ReLU" in what else None
 
     def call(norm: Any, x: jax.Array, *added: jax.Array) -> jax.Array:
         return norm(x, activation=activation, add=added[0] if added else None)
 
-    site = make_norm("batch")(name="norm", activation_follows=activation is not None)
+    maker = make_norm("batch", scope=Scope(kernels=kernels))
+    site = maker(name="norm", activation_follows=activation is not None)
     return _linen(site, x, call)
 
 
@@ -173,8 +176,10 @@ class Torch:
 
 
 OURS, LINEN, TORCH = "bnresearch", "flax.linen", "torch"
+BY_XLA = "bnresearch, XLA alone"
 JAX: dict[str, Callable[[jax.Array, str], Layer]] = {
     OURS: ours,
+    BY_XLA: partial(ours, kernels="xla"),
     LINEN: linen,
     "flax.nnx": nnx,
     "equinox": equinox,

@@ -181,7 +181,7 @@ TORCH = {
     "torch": partial(in_torch, compiled=False),
     "torch, compiled": partial(in_torch, compiled=True),
 }
-XLA = {"bnresearch, XLA's convolutions": partial(ours, overrides=("parallel.convolutions=xla",))}
+XLA = {"bnresearch, XLA alone": partial(ours, overrides=("parallel.kernels=xla",))}
 SLOW = ("torch, compiled",)  # to compile
 FIRST = "MLP 3x100, batch 60"
 
@@ -201,11 +201,11 @@ CASES = {
         plain.ResNet(8),
         "resnet8",
         XLA | EACH | TORCH,  # a scan of convolutions is slow on a CPU
-        8,
+        16,
         20,
     ),
     "ResNet-20, batch 128": Case(
-        "cifar10_resnet20", SYNTHETIC, plain.ResNet(20), "resnet20", XLA | EACH | TORCH, 4, 20
+        "cifar10_resnet20", SYNTHETIC, plain.ResNet(20), "resnet20", XLA | EACH | TORCH, 16, 10
     ),
     "ResNet-50, 224x224, batch 32": Case(
         "cifar10_resnet20",

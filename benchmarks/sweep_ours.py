@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bnresearch.imports import without_gc
+
 FILE = Path(__file__).parent / "digits_sweep.py"
 
 
@@ -25,16 +27,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)
 
-    from bnresearch import study
     from bnresearch.rundir import read_result
-    from bnresearch.sweep import sweep
+    from bnresearch.sweep import started_early, sweep
 
-    start = time.perf_counter()
-    plan = study.plan(study.load(FILE), FILE, options.scale)
-    planned = time.perf_counter()
     workers = options.workers if options.launcher == "local" else 0
-    jobs = jobs_of(plan)
-    counts = sweep(jobs, options.out, launcher=options.launcher, workers=workers, show="off")
+    with started_early(options.launcher, workers):  # as the command line does
+        with without_gc():
+            from bnresearch import study
+
+        start = time.perf_counter()
+        plan = study.plan(study.load(FILE), FILE, options.scale)
+        planned = time.perf_counter()
+        jobs = jobs_of(plan)
+        counts = sweep(jobs, options.out, launcher=options.launcher, workers=workers, show="off")
     swept = time.perf_counter()
     results = [read_result(options.out / job.id) or {} for job in jobs]
     accuracy = [result["metrics"]["test"]["accuracy"] for result in results]

@@ -12,6 +12,7 @@ from absl import flags
 
 from bnresearch import arguments
 from bnresearch.errors import Diverged, RunsFailed, Stopped, UserError, lookup
+from bnresearch.imports import without_gc
 from bnresearch.listing import LISTS, summary
 
 USAGE = """\
@@ -50,7 +51,8 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
 
     Any value of the config can be overridden: --config.optim.learning_rate=0.3. All keys and their
     defaults are in bnresearch/config.py; `--config=FILE --help` prints those of a file."""
-    from bnresearch import train
+    with without_gc():
+        from bnresearch import train
     from bnresearch.rundir import finite
 
     for flag in ("config", "workdir"):
@@ -100,25 +102,30 @@ def _study(values: flags.FlagValues, argv: list[str]) -> None:
 
     Runs that diverge are results; runs that fail are named, left out, and tried again by the next
     call. `list studies` shows those that come with the source; docs/own_study.md writes one."""
-    from bnresearch import lab, study
-    from bnresearch.verdict import table
+    from bnresearch import sweep
 
     if len(argv) != 1:
         raise UserError(f"study takes one study file, {len(argv)} given; see --help")
     for flag in ("scale", "out"):
         _require(values, flag)
-    runs = study.count(study.load(argv[0]), values.scale, values.seeds)
-    outcome = lab.conduct(
-        argv[0],
-        values.scale,
-        values.out,
-        launcher=values.launcher,
-        workers=values["launcher.workers"].value or 0,
-        seeds=values.seeds,
-        show=values.progress,
-        confirmed=values.yes or _agreed(runs),
-        command=["python", "-m", "bnresearch", *sys.argv[1:]],
-    )
+    workers = values["launcher.workers"].value or 0
+    sweep.check_options(values.launcher, workers, values.progress)
+    with sweep.started_early(values.launcher, workers):
+        with without_gc():
+            from bnresearch import lab, study
+            from bnresearch.verdict import table
+        runs = study.count(study.load(argv[0]), values.scale, values.seeds)
+        outcome = lab.conduct(
+            argv[0],
+            values.scale,
+            values.out,
+            launcher=values.launcher,
+            workers=workers,
+            seeds=values.seeds,
+            show=values.progress,
+            confirmed=values.yes or _agreed(runs),
+            command=["python", "-m", "bnresearch", *sys.argv[1:]],
+        )
     table.show(outcome.definition)
     print(f"\nPage: {outcome.page}")
     if lost := {**outcome.damaged, **outcome.counts.failed}:

@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
     "optim.schedule": (optim.SCHEDULES, "name"),
     "task": (tasks.TASKS, "name"),
 }
+OPTIONS = {**CHOICES, "data": (data.DATASETS, "name")}  # no choice: any TFDS name will do, too
 
 
 def default_config() -> ConfigDict:
@@ -87,8 +88,8 @@ def _defaults() -> dict[str, Any]:
             checkpoint_every="1ep",  # or never: saved only where the run is stopped
             keep=2,  # checkpoints
         ),
-        # devices, 0: all there are; convolutions on CPU: auto | xla | onednn, see native
-        parallel=dict(mode="jit", devices=0, convolutions="auto"),
+        # devices, 0: all there are; kernels, on CPUs: auto | xla | native, see bnresearch.native
+        parallel=dict(mode="jit", devices=0, kernels="auto"),
     )
 
 
@@ -187,7 +188,7 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     """Nested keys as dotted ones: ``{"a": {"b": 1}} -> {"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
+        if hasattr(value, "items"):  # to ask for Mapping takes most of the time of a whole config
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -207,7 +208,7 @@ def validate(config: ConfigDict) -> None:
     _check_choice("dtype", config.dtype, DTYPES)
     _check_choice("train.accumulate_statistics", config.train.accumulate_statistics, STATISTICS)
     lookup(parallel.MODES, config.parallel.mode, "parallel.mode")
-    lookup(native.MODES, config.parallel.convolutions, "parallel.convolutions")
+    lookup(native.MODES, config.parallel.kernels, "parallel.kernels")
     if config.seed >= 2**31:
         raise UserError(f"seed={config.seed} is too large; give a number below 2**31")
     for key in ("train.accumulate", "train.keep", "data.batch_size"):
@@ -308,15 +309,18 @@ def chosen(config: ConfigDict, path: str) -> dict[str, Any]:
 
 def resolve(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values, with the options of the choices made and no others."""
-    resolved = json.loads(json.dumps({"schema": SCHEMA, **config.to_dict()}))
-    for path, (table, key) in CHOICES.items():
-        node = _at(resolved, path)
-        for name in table.keys() - {node[key]}:
-            node.pop(name, None)
-    resolved["norm"] = norm_config.resolved(config)
-    for name in data.DATASETS.keys() - {config.data.name}:
-        resolved["data"].pop(name, None)  # no choice of CHOICES: any TFDS name will do, too
-    return resolved
+    chosen = {"schema": SCHEMA, **_resolved(config, ""), "norm": norm_config.resolved(config)}
+    return json.loads(json.dumps(chosen))
+
+
+def _resolved(node: ConfigDict, path: str) -> dict[str, Any]:
+    table, key = OPTIONS.get(path, ({}, ""))
+    others = table.keys() - {node[key]} if key else ()
+    return {
+        name: _resolved(value, f"{path}.{name}".lstrip(".")) if hasattr(value, "items") else value
+        for name, value in node.items()
+        if name not in others
+    }
 
 
 def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:

@@ -16,7 +16,7 @@ from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
 from bnresearch.models import MODELS
 from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices, placed
-from bnresearch.state import INIT, State, stream
+from bnresearch.state import INIT, State, empty_meter, stream
 from bnresearch.step import (
     build_model,
     check_rules,
@@ -69,6 +69,7 @@ class Program(NamedTuple):
     schedule: optim.Schedule
     chunk: int  # training steps per compiled call
     init: Callable[[Tree], State]
+    empty_meter: Callable[[], Tree]  # on the devices: to put it there takes ten times as long
     forward: Callable[..., jax.Array]  # (params, batch_stats, image, numbers), as in training
     train: Callable[..., State]
     eval_steps: dict[str, Callable[..., Tree]]
@@ -195,8 +196,11 @@ def _build(config: ConfigDict) -> Program:
         chunk=chunk if looping else 1,
         init=jax.jit(
             _init(config, make_init(config, dataset.info.shape, dataset.info.num_classes)),
+            # Where the step takes it: else each leaf has to be told that it lies there already.
+            out_shardings=layout.replicated() if layout.device_count == 1 else None,
             compiler_options=CPU_INIT if on_cpu else None,
         ),
+        empty_meter=jax.jit(empty_meter, out_shardings=layout.replicated()),
         forward=_forward(config, dataset.info.num_classes),
         train=train,
         eval_steps={},
@@ -209,7 +213,15 @@ def _by_onednn(config: ConfigDict, layout: Layout) -> bool:
     """Whether no convolution of the step is left to XLA, as far as can be seen before tracing."""
     whole = layout.shares == layout.device_count  # else the compiler shares arrays out
     plain = config.dtype == "float32" and config.train.accumulate == 1
-    return whole and plain and native.expected(config.parallel.convolutions)
+    return whole and plain and native.expected(config.parallel.kernels)
+
+
+def convolutions(config: ConfigDict) -> str | None:
+    """By what the convolutions of a run are computed, for status.json: what `native.choose` says,
+    which compiles the library if need be; None for a model without any."""
+    if MODELS[config.model.name].dense:
+        return None
+    return native.choose(config.parallel.kernels) if config.dtype == "float32" else "xla"
 
 
 def _init(config: ConfigDict, start: Callable[[Tree], State]) -> Callable[[Tree], State]:

@@ -220,17 +220,13 @@ class Norm(nn.Module):
 
 @dataclass(frozen=True)
 class NormMaker:
-    """The constructor of norms that a model receives; it never sees what is in here.
-
-    ``convolutions`` is for the linear maps beside the norms: a key of `native.MODES`.
-    """
+    """The constructor of norms that a model receives; it never sees what is in here."""
 
     choice: Choice
     rules: tuple[Rule, ...] = ()
     use: str = "batch"
     scope: Scope = Scope()
     weights: str = "auto"
-    convolutions: str = "auto"
     _last: list[tuple[jax.Array, LinearMap]] = field(default_factory=list, compare=False)
 
     def __call__(
@@ -253,6 +249,11 @@ class NormMaker:
             linear_map=self._linear_map,
             name=name,
         )
+
+    @property
+    def kernels(self) -> str:
+        """By what convolutions are computed on CPUs: a key of `native.MODES`."""
+        return self.scope.kernels
 
     def linear(self, path: tuple[str, ...], function: Callable[..., jax.Array]) -> Callable:
         """``function(x, kernel, ...)``, the linear map that belongs to the site at ``path``, as

@@ -55,6 +55,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: int, command: Sequence[str]):
         self.path = path
         self._lock: int | None = lock
+        self.about: dict[str, Any] = {}  # further fields of status.json, from now on
         self._command = list(command)
         self._started = _now()
 
@@ -65,11 +66,11 @@ class RunFolder:
           status: one of STATUSES.
           step: how many training steps are done.
           message: why, for the statuses that need a reason.
-          extra: further fields, JSON values; "device" stands for that of this process.
+          extra: more of ``about``, this time only; "device" stands for that of this process.
         """
         if status not in STATUSES:
             raise ValueError(f"unknown status {status!r}; one of {', '.join(STATUSES)}")
-        about = {
+        fields = {
             "schema": SCHEMA,
             "status": status,
             "step": int(step),
@@ -83,8 +84,9 @@ class RunFolder:
             "versions": provenance.versions(),
         }
         if "device" not in extra:
-            about["device"] = provenance.device()
-        write_json(self.path / "status.json", about | extra)
+            fields["device"] = provenance.device()
+        # Not lasting: what a power cut interrupts has no result, and goes on in any case.
+        write_json(self.path / "status.json", fields | self.about | extra, lasting=False)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, the last word on a run; see ``finite`` for NaN and infinities."""
@@ -154,14 +156,15 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 
 
 def read_status(workdir: str | Path) -> dict[str, Any] | None:
-    """status.json, or None before it was first written."""
-    return _read_if_there(_path(workdir) / "status.json")
+    """status.json, or None before it was first written; what a power cut leaves can be empty."""
+    path = _path(workdir) / "status.json"
+    return read_json(path) if path.exists() and path.stat().st_size else None
 
 
 def read_result(workdir: str | Path) -> dict[str, Any] | None:
     """result.json, or None for a run that has not ended; UserError where it is no result."""
     path = _path(workdir) / "result.json"
-    result = _read_if_there(path)
+    result = read_json(path) if path.exists() else None
     if result is not None and not (
         result.get("status") in STATUSES and isinstance(result.get("step"), int)
     ):
@@ -171,15 +174,12 @@ def read_result(workdir: str | Path) -> dict[str, Any] | None:
     return result
 
 
-def _read_if_there(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
-
-
 # ---- Files that appear whole
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file at ``path``: a reader sees the old text or the new one, never a part.
+def write_text(path: Path, text: str, lasting: bool = True) -> None:
+    """Replaces the file at ``path``: a reader sees the old text or the new one, never a part; if it
+    is ``lasting``, which takes a disk a while, after a power cut, too.
 
     One writer per file, which is why the temporary one has a fixed name: what a killed process left
     of it is overwritten by the next, and never piles up.
@@ -187,14 +187,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+        if lasting:
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
     os.replace(temporary, path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, lasting: bool = True) -> None:
     """``write_text`` of a JSON value; non-finite numbers become strings (see ``finite``)."""
-    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n", lasting)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -256,8 +257,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unusable(path: Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return UserError(f"cannot write to workdir {path}: {reason}; {ELSEWHERE}")
+    return UserError(f"cannot write to workdir {path}: {error.strerror or error}; {ELSEWHERE}")
 
 
 def _check_usable(path: Path) -> None:
@@ -374,7 +374,7 @@ def held(folder: Path) -> Iterator[None]:
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or error
         raise UserError(f"cannot write to {folder}: {reason}; choose another folder") from error
     _held.add(lock)
     try:

@@ -42,6 +42,8 @@ class Scope:
       parts: under ``jit``: over how many devices the compiler spreads each of these sets, in equal
         contiguous parts. It changes no number, only how many messages are sent.
       mesh: under ``jit`` on several devices: these, as ``[groups that share sets, parts]``.
+      kernels: by what sets that lie on one CPU are computed: a key of `native.MODES`. It changes
+        rounding only.
 
     The default is the whole array: under ``jit`` that is the whole batch on however many devices.
     """
@@ -52,6 +54,7 @@ class Scope:
     splits: int = 1
     parts: int = 1
     mesh: Mesh | None = None
+    kernels: str = "auto"
 
     def axes(self) -> set[str]:
         """All named axes over which the batch is spread."""

@@ -1,6 +1,7 @@
 """The train and the evaluation step as pure functions, run by any layout of parallel.py."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -40,9 +41,8 @@ def build_model(
         norm_config.choice(config, numbers or {}),
         norm_config.rules(config),
         use,
-        scope,
+        replace(scope, kernels=config.parallel.kernels),
         config.norm.weights,
-        config.parallel.convolutions,
     )
     module = MODELS[config.model.name].module
     dtype = jnp.dtype(config.dtype)

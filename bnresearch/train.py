@@ -21,6 +21,7 @@ from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
 from bnresearch.experiment import (
     Experiment,
+    convolutions,
     evaluator,
     initial_state,
     prepare,
@@ -29,7 +30,7 @@ from bnresearch.experiment import (
 from bnresearch.metrics import Metrics, check_progress, progress
 from bnresearch.rundir import SCHEMA, RunFolder, open_run, read_result, read_status
 from bnresearch.signals import stop_requests
-from bnresearch.state import State, empty_meter
+from bnresearch.state import State
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -71,10 +72,9 @@ def run(
             open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder,
             stop_requests() if stop is None else nullcontext(stop) as asked,
         ):
-            result = read_result(workdir)
-            if result is None:
-                result = _run(experiment, folder, show, asked, tensorboard)
-            if (read_status(workdir) or {}).get("status") != result["status"]:
+            earlier = read_result(workdir)
+            result = earlier or _run(experiment, folder, show, asked, tensorboard)
+            if not earlier or (read_status(workdir) or {}).get("status") != result["status"]:
                 folder.set_status(result["status"], result["step"], result.get("message"))
             if result["status"] == "diverged":
                 raise Diverged(result["step"], result.get("message", "no reason kept"))
@@ -99,6 +99,8 @@ def _run(
     with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
+        if computed_by := convolutions(experiment.config):
+            folder.about["convolutions"] = computed_by
         folder.set_status("running", step)
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):
@@ -211,13 +213,13 @@ class Loop:
 
     def _log(self, state: State, step: int) -> State:
         """Write the means since the last log line, and empty the meter."""
-        meter = jax.device_get(state.meter)
+        meter, norm = jax.device_get((state.meter, weight_norm(state.params)))
         count = max(1, int(meter["count"]))
         values = {
             "loss": float(meter["loss"]) / count,
             "learning_rate": self.experiment.learning_rate(step - 1),
             "gradient_norm": float(meter["gradient_norm"]) / count,
-            "weight_norm": float(weight_norm(state.params)),
+            "weight_norm": float(norm),
         }
         if not math.isfinite(values["weight_norm"]):
             raise Diverged(step, "the norm of the parameters is not finite")
@@ -228,7 +230,7 @@ class Loop:
         self.shown = values["loss"], values.get("images_per_second")
         self.bar.update(step, *self.shown)
         self.timer, self.timed_from = time.monotonic(), step
-        return state.replace(meter=empty_meter())
+        return state.replace(meter=self.program.empty_meter())
 
     def _evaluate(self, state: State, step: int, split: str) -> None:
         self.latest[split] = self.evaluate(state, split)

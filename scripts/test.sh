@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then all checks: ruff, mypy, pytest. Arguments go to pytest (-m "not slow", a file ...).
 # COMPARE=1 in the environment also installs the libraries that the norms are compared with: torch, keras, equinox, haiku,
-# and oneDNN for convolutions.
+# and oneDNN for the kernels on CPUs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "test${COMPARE:+,compare,cpu}"
 "$python" -m ruff check --quiet .

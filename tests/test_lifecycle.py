@@ -26,6 +26,7 @@ from run_tools import (
 
 from bnresearch import __main__ as cli
 from bnresearch import config as configs
+from bnresearch import native
 from bnresearch.errors import Stopped, UserError
 from bnresearch.evaluate import evaluate_run
 from bnresearch.train import run
@@ -257,6 +258,22 @@ def test_the_run_folder_describes_itself(untouched):
     assert status["device"] == {"platform": "cpu", "kind": "cpu", "count": 1}
     assert status["versions"]["jax"] == jax.__version__
     assert {"jaxlib", "flax", "optax", "orbax-checkpoint", "python"} <= status["versions"].keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["model.name=mlp"], None),
+        (["model.name=plain"], native.choose("auto")),
+        (["model.name=plain", "parallel.kernels=xla"], "xla"),
+        (["model.name=plain", "dtype=bfloat16"], "xla"),  # the library is for float32 alone
+    ],
+)
+def test_the_status_says_what_computes_the_convolutions(tmp_path, overrides, wanted):
+    few = ["train.duration=1st", "parallel.devices=1", "train.checkpoint_every=never"]
+    small = ["model.mlp.widths=(4,)", "model.plain.widths=(4,)", "model.plain.convs=(1,)"]
+    run(configs.load(DIGITS, [*few, *small, *overrides]), tmp_path, show="off")
+    assert read(tmp_path / "status.json").get("convolutions") == wanted
 
 
 def test_the_result_has_the_metrics_and_the_digest(untouched):

@@ -26,7 +26,7 @@ def onednn():
     loaded = build.load()
     if isinstance(loaded, build.Missing):
         pytest.skip(str(loaded))
-    return native.conv_general_dilated("onednn")
+    return native.conv_general_dilated("native")
 
 
 class Case(NamedTuple):
@@ -280,7 +280,7 @@ class OneConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = SimpleNamespace(convolutions=self.mode, linear=lambda path, function: function)
+        norm = SimpleNamespace(kernels=self.mode, linear=lambda path, function: function)
         return Parts(norm, nn.relu, "before_act", jnp.float32).conv(x, 16, 3, 2, "conv")
 
 
@@ -289,6 +289,6 @@ def test_models_take_it_through_their_parts(onednn):
     variables = OneConv("xla").init(jax.random.key(0), x)
     assert MARK not in program(OneConv("xla").apply, variables, x)
     xla = OneConv("xla").apply(variables, x)
-    for mode in ("auto", "onednn"):
+    for mode in ("auto", "native"):
         assert MARK in program(OneConv(mode).apply, variables, x)
         np.testing.assert_allclose(OneConv(mode).apply(variables, x), xla, atol=1e-5)

@@ -24,7 +24,7 @@ def afresh(monkeypatch, tmp_path):
     """As in a new process with an empty cache folder; afterwards as before."""
     monkeypatch.setenv("BNRESEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
-    before = (build.load, build.ready)
+    before = (build.load, build.ready, build.there)
     for cached in before:
         cached.cache_clear()
     yield
@@ -96,7 +96,7 @@ def test_what_is_missing_is_said_once_and_xla_goes_on(
         np.testing.assert_array_equal(ours, xla)
     notes = [x for x in capsys.readouterr().err.splitlines() if "compiling" not in x]
     assert len(notes) == 1
-    assert notes[0].startswith("native: convolutions run on XLA")
+    assert notes[0].startswith("native: all runs on XLA")
     assert FAULTS[fault] in notes[0]
 
 
@@ -104,17 +104,18 @@ def test_what_is_missing_is_said_once_and_xla_goes_on(
 def test_forced_it_is_refused_with_the_reason(fault, afresh, installed, monkeypatch, tmp_path):
     fault(monkeypatch, tmp_path)
     with pytest.raises(UserError) as refusal:
-        convolve("onednn")
-    assert "parallel.convolutions=onednn" in str(refusal.value)
+        convolve("native")
+    assert "parallel.kernels=native" in str(refusal.value)
     assert FAULTS[fault] in str(refusal.value)
 
 
 def test_what_is_expected_is_known_without_compiling(
     afresh, installed, monkeypatch, tmp_path, capsys
 ):
-    assert [native.expected(mode) for mode in ("auto", "onednn", "xla")] == [True, True, False]
+    assert [native.expected(mode) for mode in ("auto", "native", "xla")] == [True, True, False]
     assert capsys.readouterr().err == ""
     no_compiler(monkeypatch, tmp_path)
+    build.there.cache_clear()
     assert not native.expected("auto")
     assert native.choose("auto") == "xla"
 
@@ -131,14 +132,14 @@ def test_other_platforms_keep_their_own(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert native.choose("auto") == "xla"
     with pytest.raises(UserError, match="is for CPUs, but jax runs on gpu"):
-        native.choose("onednn")
+        native.choose("native")
 
 
 def test_the_key_of_the_config():
     config = default_config()
-    assert config.parallel.convolutions == "auto"
-    config.parallel.convolutions = "mkl"
-    with pytest.raises(UserError, match=r"unknown parallel.convolutions 'mkl'.*auto, onednn, xla"):
+    assert config.parallel.kernels == "auto"
+    config.parallel.kernels = "mkl"
+    with pytest.raises(UserError, match=r"unknown parallel.kernels 'mkl'.*auto, native, xla"):
         validate(config)
 
 
@@ -177,9 +178,9 @@ def test_processes_that_compile_at_once_share_one_file(installed, tmp_path):
     for process in [start(tmp_path) for _ in range(2)]:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        assert "convolutions: oneDNN 3." in out
+        assert "convolutions (oneDNN 3." in out
         assert "native: compiling with" in err
     assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
     out, err = start(tmp_path).communicate(timeout=300)
-    assert "convolutions: oneDNN 3." in out
+    assert "convolutions (oneDNN 3." in out
     assert err == ""

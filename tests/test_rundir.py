@@ -77,9 +77,11 @@ def test_status_says_what_runs_where(tmp_path):
         run.set_status("running", 10, epoch=0.5)
         first = rundir.read_status(tmp_path)
         time.sleep(0.01)
+        run.about["convolutions"] = "xla"
         run.set_status("diverged", 20, "the loss is not finite")
     status = rundir.read_status(tmp_path)
     assert first["epoch"] == 0.5
+    assert "convolutions" not in first and status["convolutions"] == "xla"
     assert (first["status"], first["step"], first["message"]) == ("running", 10, None)
     assert (status["status"], status["step"]) == ("diverged", 20)
     assert status["message"] == "the loss is not finite"
@@ -93,6 +95,11 @@ def test_status_says_what_runs_where(tmp_path):
     times = [datetime.fromisoformat(s) for s in (first["heartbeat"], status["heartbeat"])]
     assert before.replace(microsecond=0) <= times[0] < times[1] <= datetime.now(UTC)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "lock", "status.json"]
+
+
+def test_a_status_that_a_power_cut_left_empty_is_none(tmp_path):
+    (tmp_path / "status.json").touch()
+    assert rundir.read_status(tmp_path) is None
 
 
 def test_an_unknown_status_is_a_mistake(tmp_path):
@@ -278,7 +285,7 @@ def test_a_read_only_file_system_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_refused_and_gives_the_lock_back(tmp_path, monkeypatch):
-    def full(path, text):
+    def full(path, text, lasting):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """Sweeps: what is skipped, resumed, put off, failed and stopped, in this process and in workers."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -294,6 +295,70 @@ def test_nobody_is_started_for_the_rest_once_a_sweep_is_to_stop(tmp_path, monkey
                 threading.Timer(3.0, (tmp_path / "log.go").touch).start()
     assert len(begun) == 2
     assert ends[jobs[0].id] == "done" and len(ends) < 5
+
+
+# ---- Workers that are there before the jobs
+
+# A process that was ended between their start and the first job.
+EARLY = """
+import os, time
+from bnresearch.sweep import launchers
+core = min(os.sched_getaffinity(0))
+launchers._cores = lambda: [core, core]
+with launchers.started_early("local", 2):
+    print(*(worker.process.pid for worker in launchers._EARLY), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    core = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(launchers, "_cores", lambda: [core, core])
+
+
+def test_a_worker_that_is_there_already_gets_jobs(tmp_path, two_cores):
+    jobs = [doing(tmp_path, "go", seed=seed, seconds=0.1) for seed in range(4)]
+    with launchers.started_early("local", 2):
+        (early,) = launchers._EARLY  # one core is left to this process
+        counts = sweep(jobs, tmp_path / "runs", launcher="local", workers=2, show="off")
+        assert early.process.returncode is not None
+    assert (counts.done, counts.failed) == (4, {})
+    pids = [read(tmp_path / "runs" / job.id / "status.json")["pid"] for job in jobs]
+    assert early.process.pid in pids
+
+
+def test_a_worker_that_does_not_suit_the_jobs_is_ended(tmp_path, two_cores):
+    """One job alone has all cores."""
+    job = doing(tmp_path, "go")
+    with launchers.started_early("local", 2):
+        (early,) = launchers._EARLY
+        assert sweep([job], tmp_path / "runs", launcher="local", workers=2, show="off").done == 1
+        assert early.process.returncode == -signal.SIGKILL
+    assert read(tmp_path / "runs" / job.id / "status.json")["pid"] != early.process.pid
+
+
+def test_a_worker_without_jobs_ends_with_a_refusal(two_cores, capfd):
+    with contextlib.suppress(UserError), launchers.started_early("auto", 2):
+        (early,) = launchers._EARLY
+        raise UserError("no")
+    assert early.process.returncode == -signal.SIGKILL
+    assert launchers._EARLY == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [("auto", 0), ("inline", 0), ("population", 2)])
+def test_no_worker_is_started_where_none_is_asked_for(two_cores, launcher, workers):
+    with launchers.started_early(launcher, workers):
+        assert launchers._EARLY == []
+
+
+def test_a_worker_without_jobs_ends_with_its_coordinator():
+    process = start(EARLY)
+    (pid,) = map(int, process.stdout.readline().split())
+    process.kill()
+    process.communicate(timeout=20)
+    wait_for(lambda: not alive(pid), 30)
 
 
 # ---- Sharing

@@ -14,13 +14,13 @@ from bnresearch import averages
 from bnresearch.errors import UserError
 from bnresearch.kinds.batch import (
     Activation,
+    Standard,
     affine,
     batch_moments,
     batch_norm,
     moved,
     normalise,
     normalised,
-    standard_vectors,
     standardise,
 )
 from bnresearch.kinds.within import prepared
@@ -200,7 +200,7 @@ def stop_gradient_norm(
     """
     if use == "running":
         return normalise(x, running, scale, bias, epsilon, activation, add), running
-    vectors = standard_vectors(scale, bias, epsilon)
+    vectors = Standard(scale, bias, epsilon)
     y, sets, stats = normalised(
         x,
         running,

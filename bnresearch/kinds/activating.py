@@ -16,14 +16,10 @@ import numpy as np
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
 from bnresearch.kinds.batch import affine, standardise
-from bnresearch.kinds.within import (
-    centred_and_var,
-    grouped,
-    mean_square,
-    prepared,
-    refuse_single,
-    values_in,
-)
+from bnresearch.kinds.grouped import examples, group_affine, lean, of_groups, refuse
+from bnresearch.kinds.within import mean_square, prepared, values_in
+from bnresearch.moments import scaled
+from bnresearch.sets import Sets
 
 
 def frn_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -124,13 +120,16 @@ def evonorm_s0(
       UserError: groups that do not divide the features, one single value per group, integer
         input, a mask that does not fit.
     """
-    wide, mask = prepared(x, mask)
-    cut, mask, axes = grouped(wide, mask, groups, "evonorm_s0")
-    refuse_single("evonorm_s0", x.shape, values_in(cut.shape, axes))
-    _, var = centred_and_var(cut, axes, mask)
-    numerator = wide * jax.nn.sigmoid(v * wide) if activates else wide
-    y = standardise(numerator.reshape(cut.shape), var, None, None, epsilon).reshape(x.shape)
-    return affine(y, scale, bias).astype(x.dtype)
+    refuse(x, groups, "evonorm_s0", mask)
+
+    @lean
+    def body(x: jax.Array) -> jax.Array:
+        sets, stats = examples(x, mask)
+        var = of_groups(sets, stats, groups).var
+        numerator = sets.x * jax.nn.sigmoid(v * sets.x) if activates else sets.x
+        return sets.join(standardise(numerator, var, scale, bias, epsilon))
+
+    return body(x)
 
 
 def proxy_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -183,15 +182,11 @@ def proxy_norm(
     """
     if samples < 2:
         raise UserError(f"norm.proxy.samples={samples} have no variance; give at least 2")
-    wide, mask = prepared(x, mask)
-    cut, mask, axes = grouped(wide, mask, groups, "proxy")
-    refuse_single("proxy", x.shape, values_in(cut.shape, axes))
-    centred, var = centred_and_var(cut, axes, mask)
-    h = affine(standardise(centred, var, None, None, epsilon).reshape(x.shape), scale, bias)
+    h = group_affine(x, scale, bias, epsilon, groups, mask, "proxy")
     if not activates:
         return h.astype(x.dtype)
     drawn = np.array([NormalDist().inv_cdf((i + 0.5) / samples) for i in range(samples)])
     quantiles = jnp.asarray(drawn / drawn.std(), h.dtype)[:, None]
     proxy = jax.nn.relu(affine(proxy_bias + (1 + proxy_scale) * quantiles, scale, bias))
-    y = (jax.nn.relu(h) - proxy.mean(0)) * jax.lax.rsqrt(proxy.var(0) + proxy_epsilon)
-    return y.astype(x.dtype)
+    multiplier = jax.lax.rsqrt(proxy.var(0) + proxy_epsilon)
+    return scaled(Sets(jax.nn.relu(h)), proxy.mean(0), multiplier, jnp.zeros(1)).astype(x.dtype)

@@ -302,5 +302,5 @@ def _group_scaled(x: jax.Array, groups: int, epsilon: Any) -> jax.Array:
     wide, _ = prepared(x)
     if groups == 0:
         return wide
-    cut, _, _ = grouped(wide, None, groups, "power")
+    cut = grouped(wide, groups, "power")
     return (cut * jax.lax.rsqrt(jnp.square(cut).mean(-1, keepdims=True) + epsilon)).reshape(x.shape)

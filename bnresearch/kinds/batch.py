@@ -3,15 +3,18 @@
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnresearch import averages
+from bnresearch import averages, native
 from bnresearch.errors import UserError, lookup
 from bnresearch.moments import KEPT, apart, moments, scaled
+from bnresearch.native import batch_norm as fused
+from bnresearch.native.batch_norm import SMALLEST
 from bnresearch.sets import Scope, Sets, Stats, whole_batch, wide
 
 ON_SINGLE = ("error", "warn", "beta")
@@ -79,6 +82,19 @@ Vectors = tuple[jax.Array, jax.Array, jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
 
 
+@dataclass(frozen=True)
+class Standard:
+    """The vectors of `normalised` for ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
+
+    scale: jax.Array | None
+    bias: jax.Array | None
+    epsilon: Any
+
+    def __call__(self, stats: Stats) -> Vectors:
+        multiplier = affine(jax.lax.rsqrt(stats.var + self.epsilon), self.scale, None)
+        return stats.mean, multiplier, jnp.zeros(1) if self.bias is None else self.bias
+
+
 def normalised(
     x: jax.Array,
     running: Any,
@@ -103,6 +119,8 @@ def normalised(
     """
     sets = Sets(x, scope, mask, stat_dtype)
     single_value(sets, x.shape, on_single)
+    if isinstance(vectors, Standard) and variance == "two_pass" and _native(sets, x, activation):
+        return _by_library(sets, vectors, activation, add)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     def body(x: jax.Array, mask: Any, add: jax.Array | None) -> tuple[jax.Array, Stats]:
@@ -115,22 +133,31 @@ def normalised(
     return y, sets, stats
 
 
+def _native(sets: Sets, x: jax.Array, activation: Activation | None) -> bool:
+    """Whether the library of C++ is to compute this, if there is one: whole sets on one device,
+    float32, nothing or ReLU behind them, and enough values to be worth its calls."""
+    whole = sets.mask is None and sets.scope.merge is None and sets.scope.mesh is None
+    plain = x.dtype == jnp.float32 and activation in (None, jax.nn.relu)
+    return whole and plain and x.size >= SMALLEST and native.expected(sets.scope.kernels)
+
+
+def _by_library(
+    sets: Sets, vectors: Standard, activation: Activation | None, add: jax.Array | None
+) -> tuple[jax.Array, Sets, Stats]:
+    shape, splits = sets.whole.shape, sets.scope.splits
+    x = sets.whole.reshape(splits, -1, shape[-1])
+    row = (splits, shape[-1])
+    scale = jnp.ones(row) if vectors.scale is None else jnp.broadcast_to(vectors.scale, row)
+    bias = jnp.zeros(row) if vectors.bias is None else jnp.broadcast_to(vectors.bias, row)
+    added = None if add is None else add.reshape(x.shape)
+    y, m, v = fused.batch_norm(x, scale, bias, vectors.epsilon, added, activation is not None)
+    return y.reshape(shape), sets, Stats(sets.per_set(m), sets.per_set(v))
+
+
 def activated(y: jax.Array, activation: Activation | None, add: jax.Array | None) -> jax.Array:
     """``activation(y + add)``, each left out where it is None."""
     y = y if add is None else y + add
     return y if activation is None else activation(y)
-
-
-def standard_vectors(
-    scale: jax.Array | None, bias: jax.Array | None, epsilon: Any
-) -> Callable[[Stats], Vectors]:
-    """The vectors of `normalised` for ``(x - mean) / sqrt(var + epsilon) * scale + bias``."""
-
-    def vectors(stats: Stats) -> Vectors:
-        multiplier = affine(jax.lax.rsqrt(stats.var + epsilon), scale, None)
-        return stats.mean, multiplier, jnp.zeros(1) if bias is None else bias
-
-    return vectors
 
 
 def affine(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
@@ -230,7 +257,7 @@ def batch_norm(
     y, sets, stats = normalised(
         x,
         running,
-        standard_vectors(scale, bias, epsilon),
+        Standard(scale, bias, epsilon),
         scope=scope,
         mask=mask,
         variance=variance,

@@ -1,5 +1,6 @@
 """Kinds between batch norm and the norms of one example."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
-from bnresearch.kinds.batch import affine, batch_moments, moved, single_value, standardise
-from bnresearch.kinds.within import centred_and_var
-from bnresearch.moments import moments
-from bnresearch.sets import Scope, Sets, Stats, align_mask, pool
+from bnresearch.kinds.batch import Standard, affine, moved, single_value, standardise
+from bnresearch.kinds.grouped import beside_batch, lean, of_groups
+from bnresearch.moments import moments, scaled
+from bnresearch.sets import Scope, Sets, Stats, pool
 
 
 def switchable_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -67,39 +68,31 @@ def switchable_norm(
       UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
         mask or sets that do not fit; an unknown option value.
     """
-    new = running
-    if use == "running":
-        sets = Sets(x, mask=mask)
-        centred, stats = sets.x - running.mean, Stats(running.mean, running.var)
-    else:
-        sets, centred, stats = batch_moments(
-            x,
-            running,
-            scope=scope,
-            mask=mask,
-            variance=variance,
-            stat_dtype=stat_dtype,
-            on_single=on_single,
-        )
-        how = dict(decay=decay, correction=correction, average=average, track=track)
-        new = moved(running, sets, stats, **how)
-    parts = [*_of_examples(sets, x.ndim), (centred, stats.var)]
-    logits = jnp.stack([mean_logits, var_logits])[:, -len(parts) :]
-    p, q = jax.nn.softmax(logits, axis=-1)
-    # As the weights add to 1, no mean has to be subtracted from another one.
-    mixed = sum(weight * part for weight, (part, _) in zip(p, parts, strict=True))
-    var = sum(weight * part for weight, (_, part) in zip(q, parts, strict=True))
-    return sets.join(standardise(mixed, var, scale, bias, epsilon)), new
 
+    def mixed(sets: Sets, instance: Stats, batch: Stats) -> jax.Array:
+        parts = [of_groups(sets, instance, 1), batch]
+        if math.prod(x.shape[1:-1]) > 1:
+            parts.insert(0, of_groups(sets, instance, x.shape[-1]))
+        logits = jnp.stack([mean_logits, var_logits])[:, -len(parts) :]
+        p, q = jax.nn.softmax(logits, axis=-1)
+        # As the weights add to 1, it is enough to mix the means' distances from one of them.
+        first = parts[0].mean
+        mean = first + sum(w * (part.mean - first) for w, part in zip(p, parts, strict=True))
+        var = sum(w * part.var for w, part in zip(q, parts, strict=True))
+        return scaled(sets, *Standard(scale, bias, epsilon)(Stats(mean, var)))
 
-def _of_examples(sets: Sets, ndim: int) -> list[tuple[jax.Array, jax.Array]]:
-    """``x - mean`` and variance of instance and layer norm; the former if there are positions."""
-    batch = sets.x.ndim - ndim
-    positions = tuple(range(batch + 1, sets.x.ndim - 1))
-    layer = centred_and_var(sets.x, (*positions, sets.x.ndim - 1), sets.mask)
-    if all(sets.x.shape[axis] == 1 for axis in positions):
-        return [layer]
-    return [centred_and_var(sets.x, positions, sets.mask), layer]
+    return beside_batch(
+        x,
+        running,
+        mixed,
+        use=use,
+        how=dict(decay=decay, correction=correction, average=average, track=track),
+        scope=scope,
+        mask=mask,
+        variance=variance,
+        stat_dtype=stat_dtype,
+        on_single=on_single,
+    )
 
 
 def _channels(features: int, features_per_group: int) -> int:
@@ -125,12 +118,6 @@ def _grouped_scope(scope: Scope, examples: int, examples_per_group: int) -> Scop
         )
     axes = tuple(sorted(scope.axes())) or None
     return Scope(pool=axes, splits=examples // examples_per_group)
-
-
-def _side_by_side(x: jax.Array, channels: int) -> jax.Array:
-    """``[..., channels of a group, groups]``: a group of channels as one feature with more
-    positions."""
-    return x.reshape(*x.shape[:-1], -1, channels).swapaxes(-1, -2)
 
 
 def batch_group_norm(
@@ -196,22 +183,23 @@ def batch_group_norm(
         y = _with_running(Sets(x).x, running, channels, epsilon)
         return affine(y.reshape(x.shape), scale, bias).astype(x.dtype), running
     inner = _grouped_scope(Scope() if use == "running" else scope, len(x), examples_per_group)
-    aligned = None if mask is None else align_mask(mask, x.shape)
-    if aligned is not None:
-        width = channels if aligned.shape[-1] > 1 else 1
-        aligned = _side_by_side(aligned, width)
-    groups = Sets(_side_by_side(x, channels), inner, aligned, stat_dtype)
-    single_value(groups, x.shape, on_single)
-    stats = moments(groups, variance)
-    centred = groups.x - stats.mean
-    y = standardise(centred, stats.var, None, None, epsilon)
-    y = y.reshape(*x.shape[:-1], channels, -1).swapaxes(-1, -2).reshape(x.shape)
-    y = affine(y, scale, bias).astype(x.dtype)
+    own = Sets(x, inner, mask, stat_dtype)
+    if channels == 1:
+        single_value(own, x.shape, on_single)
+
+    @lean
+    def body(x: jax.Array) -> tuple[jax.Array, Stats]:
+        sets = Sets(x, inner, mask, stat_dtype)
+        stats = moments(sets, variance)
+        vectors = Standard(scale, bias, epsilon)
+        groups = of_groups(sets, stats, x.shape[-1] // channels)
+        return scaled(sets, *vectors(groups)).astype(x.dtype), stats
+
+    y, stats = body(x)
     if use == "running":
         return y, running
-    per_feature = Sets(x, inner, mask, stat_dtype)
     how = dict(decay=decay, correction=correction, average=average, track=track)
-    return y, moved(running, per_feature, moments(per_feature, variance), **how)
+    return y, moved(running, own, stats, **how)
 
 
 def _with_running(x: jax.Array, running: Any, channels: int, epsilon: Any) -> jax.Array:
@@ -220,6 +208,19 @@ def _with_running(x: jax.Array, running: Any, channels: int, epsilon: Any) -> ja
     stats = pool(Stats(*cut))
     centred = x.reshape(*x.shape[:-1], -1, channels) - stats.mean[:, None]
     return standardise(centred, stats.var[:, None], None, None, epsilon)
+
+
+@jax.custom_jvp
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.maximum(a, b)
+
+
+@_larger.defjvp
+def _larger_jvp(primals: Any, tangents: Any) -> Any:
+    """With a factor of 0 or 1: the choices between arrays in jax's own rule make XLA on CPU write
+    half a dozen arrays to memory. Where both are equal, it is the second."""
+    (a, b), (ta, tb) = primals, tangents
+    return _larger(a, b), tb + (a > b).astype(a.dtype) * (ta - tb)
 
 
 def evonorm_b0_start(features: int, options: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -270,25 +271,22 @@ def evonorm_b0(
       UserError: batch statistics over one single value with ``on_single="error"``; integer input; a
         mask or sets that do not fit; an unknown option value.
     """
-    new = running
-    if use == "running":
-        sets, var = Sets(x, mask=mask), running.var
-    else:
-        sets, _, stats = batch_moments(
-            x,
-            running,
-            scope=scope,
-            mask=mask,
-            variance=variance,
-            stat_dtype=stat_dtype,
-            on_single=on_single,
-        )
-        var = stats.var
-        how = dict(decay=decay, correction=correction, average=average, track=track)
-        new = moved(running, sets, stats, **how)
-    deviation = jnp.sqrt(var + epsilon)
-    if activates:
-        positions = tuple(range(sets.x.ndim - x.ndim + 1, sets.x.ndim - 1))
-        instance = centred_and_var(sets.x, positions, sets.mask)[1] if positions else 0.0
-        deviation = jnp.maximum(deviation, v * sets.x + jnp.sqrt(instance + epsilon))
-    return sets.join(affine(sets.x / deviation, scale, bias)), new
+
+    def divided(sets: Sets, instance: Stats, batch: Stats) -> jax.Array:
+        deviation = jnp.sqrt(batch.var + epsilon)
+        if activates:
+            deviation = _larger(v * sets.x + jnp.sqrt(instance.var + epsilon), deviation)
+        return affine(sets.x / deviation, scale, bias)
+
+    return beside_batch(
+        x,
+        running,
+        divided,
+        use=use,
+        how=dict(decay=decay, correction=correction, average=average, track=track),
+        scope=scope,
+        mask=mask,
+        variance=variance,
+        stat_dtype=stat_dtype,
+        on_single=on_single,
+    )

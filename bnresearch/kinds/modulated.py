@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from bnresearch.errors import UserError
 from bnresearch.kinds import starts
 from bnresearch.kinds.batch import Activation, activated, affine, batch_norm
-from bnresearch.kinds.within import centred_and_var, prepared, refuse_single, values_in
-from bnresearch.sets import Scope, Stats, align_mask, masked_mean
+from bnresearch.kinds.grouped import beside_batch, of_groups, refuse
+from bnresearch.kinds.within import prepared
+from bnresearch.moments import scaled
+from bnresearch.sets import Scope, Sets, Stats, align_mask, masked_mean
 
 
 def conditional_start(features: int, options: Any) -> dict[str, jax.Array]:
@@ -165,25 +167,28 @@ def batch_instance_norm(
       UserError: one single position; statistics over one single value with ``on_single="error"``;
         integer input; a mask or sets that do not fit.
     """
-    wide, aligned = prepared(x, mask)
-    axes = tuple(range(1, x.ndim - 1))
-    refuse_single("batch_instance", x.shape, values_in(x.shape, axes))
-    batch, new = batch_norm(
-        wide,
-        None,
-        None,
+    refuse(x, x.shape[-1], "batch_instance", mask)
+
+    def mixed(sets: Sets, instance: Stats, batch: Stats) -> jax.Array:
+        instance = of_groups(sets, instance, x.shape[-1])
+        g = _reflected(gate)
+        of_batch = g * jax.lax.rsqrt(batch.var + epsilon)
+        multiplier = of_batch + (1 - g) * jax.lax.rsqrt(instance.var + epsilon)
+        # Both parts in one: centred at the example, whose mean no value is far away from.
+        shift = of_batch * (instance.mean - batch.mean)
+        scales, biases = affine(multiplier, scale, None), affine(shift, scale, bias)
+        return scaled(sets, instance.mean, scales, biases)
+
+    return beside_batch(
+        x,
         running,
+        mixed,
         use=use,
-        decay=decay,
-        epsilon=epsilon,
-        on_single=on_single,
+        how=dict(decay=decay),
         scope=scope,
         mask=mask,
+        on_single=on_single,
     )
-    centred, var = centred_and_var(wide, axes, aligned)
-    instance = centred * jax.lax.rsqrt(var + epsilon)
-    g = _reflected(gate)
-    return affine(g * batch + (1 - g) * instance, scale, bias).astype(x.dtype), new
 
 
 def representative_start(features: int, options: Any) -> dict[str, jax.Array]:

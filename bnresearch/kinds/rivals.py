@@ -6,10 +6,10 @@ import jax
 
 from bnresearch import sets
 from bnresearch.errors import UserError
-from bnresearch.kinds.batch import affine, standardise
+from bnresearch.kinds.batch import standardise
+from bnresearch.kinds.grouped import group_affine
 from bnresearch.kinds.within import (
     centred_and_var,
-    grouped,
     mean_square,
     prepared,
     refuse_single,
@@ -56,8 +56,10 @@ def layer_norm(
       UserError: an unknown ``over``, one single value to normalise, integer input, a mask that
         does not fit.
     """
-    wide, mask = prepared(x, mask)
     axes = _axes(x, over, "layer")
+    if over == "example":
+        return group_affine(x, scale, bias, epsilon, 1, mask, "layer").astype(x.dtype)
+    wide, mask = prepared(x, mask)
     refuse_single("layer", x.shape, values_in(x.shape, axes))
     centred, var = centred_and_var(wide, axes, mask)
     return standardise(centred, var, scale, bias, epsilon).astype(x.dtype)
@@ -126,19 +128,7 @@ def group_norm(
       UserError: groups that do not divide the features, one single value per group, integer
         input, a mask that does not fit.
     """
-    return group_affine(x, scale, bias, epsilon, groups, mask, "group")
-
-
-def group_affine(
-    x: jax.Array, scale: Any, bias: Any, epsilon: Any, groups: int, mask: Any, kind: str
-) -> jax.Array:
-    """Group norm for a kind that is called otherwise in messages."""
-    wide, mask = prepared(x, mask)
-    wide, mask, axes = grouped(wide, mask, groups, kind)
-    refuse_single(kind, x.shape, values_in(wide.shape, axes))
-    centred, var = centred_and_var(wide, axes, mask)
-    y = standardise(centred, var, None, None, epsilon).reshape(x.shape)
-    return affine(y, scale, bias).astype(x.dtype)
+    return group_affine(x, scale, bias, epsilon, groups, mask, "group").astype(x.dtype)
 
 
 def instance_norm(
@@ -170,11 +160,8 @@ def instance_norm(
     Raises:
       UserError: one single position, integer input, a mask that does not fit.
     """
-    wide, mask = prepared(x, mask)
-    axes = tuple(range(1, x.ndim - 1))
-    refuse_single("instance", x.shape, values_in(x.shape, axes))
-    centred, var = centred_and_var(wide, axes, mask)
-    return standardise(centred, var, scale, bias, epsilon).astype(x.dtype)
+    groups = x.shape[-1]
+    return group_affine(x, scale, bias, epsilon, groups, mask, "instance").astype(x.dtype)
 
 
 def positional_norm(

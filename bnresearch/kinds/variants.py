@@ -10,13 +10,13 @@ from bnresearch.errors import UserError
 from bnresearch.kinds import starts
 from bnresearch.kinds.batch import (
     Activation,
+    Standard,
     Vectors,
     affine,
     batch_norm,
     moved,
     normalise,
     normalised,
-    standard_vectors,
 )
 from bnresearch.sets import Scope, Stats, whole_batch
 
@@ -307,7 +307,7 @@ def extended_norm(
     if use == "running":
         shared = running._replace(var=running.var.mean())
         return normalise(x, shared, scale, bias, epsilon, activation, add), running
-    vectors = standard_vectors(scale, bias, epsilon)
+    vectors = Standard(scale, bias, epsilon)
     y, sets, stats = normalised(
         x,
         running,
@@ -373,7 +373,7 @@ def regularized_norm(
     y, sets, stats = normalised(
         x,
         running,
-        standard_vectors(scale, bias, epsilon),
+        Standard(scale, bias, epsilon),
         scope=scope,
         mask=mask,
         on_single=on_single,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from bnresearch.kinds.batch import affine
-from bnresearch.kinds.rivals import group_affine
+from bnresearch.kinds.grouped import group_affine
 from bnresearch.sets import wide
 
 
@@ -75,7 +75,8 @@ def weight_standardisation(
       UserError: groups that do not divide the features, one single value per group, integer
         input, a mask that does not fit.
     """
-    return group_affine(x, scale, bias, epsilon, groups, mask, "weight_standardisation")
+    kind = "weight_standardisation"
+    return group_affine(x, scale, bias, epsilon, groups, mask, kind).astype(x.dtype)
 
 
 def scaled_weight_standardisation(

@@ -60,11 +60,8 @@ def centred_and_var(
     return centred, mean_square(centred, axes, mask)
 
 
-def grouped(
-    x: jax.Array, mask: jax.Array | None, groups: int, kind: str
-) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
-    """``[batch, ..., groups, features / groups]`` of x and of its mask, and the axes over which one
-    example's group extends.
+def grouped(x: jax.Array, groups: int, kind: str) -> jax.Array:
+    """``[batch, ..., groups, features / groups]``.
 
     Raises:
       UserError: the number of features is no multiple of ``groups``.
@@ -76,8 +73,4 @@ def grouped(
             f"{kind} norm with norm.{kind}.groups={groups} on {features} features: they do not "
             f"divide; choose one of {', '.join(map(str, divisors))}"
         )
-    if mask is not None:
-        masked = (1, 1) if mask.shape[-1] == 1 else (groups, features // groups)
-        mask = mask.reshape(*mask.shape[:-1], *masked)
-    axes = (*range(1, x.ndim - 1), x.ndim)
-    return x.reshape(*x.shape[:-1], groups, features // groups), mask, axes
+    return x.reshape(*x.shape[:-1], groups, features // groups)

@@ -82,7 +82,7 @@ class Parts:
     ) -> jax.Array:
         """``[B, H, W, C]`` to ``[B, ceil(H/stride), ceil(W/stride), features]``; odd kernels."""
         # Models without norm sites have no maker of norms that could say.
-        mode = getattr(self.norm, "convolutions", "auto")
+        mode = getattr(self.norm, "kernels", "auto")
         convolve = native.conv_general_dilated(mode)
         if hooks.conv:
             convolve = functools.partial(hooks.conv, convolve=convolve)

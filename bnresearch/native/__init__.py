@@ -1,14 +1,15 @@
-"""Convolutions by oneDNN where jax runs on CPUs: an extra that changes rounding and nothing else.
+"""Convolutions and BatchNorm in C++ where jax runs on CPUs: an extra that changes rounding only.
 
-XLA's convolutions on CPU are several times slower than oneDNN's. With the extra ``cpu`` installed
-and a C++ compiler at hand, `conv_general_dilated` computes by oneDNN what it can, and leaves the
-rest to jax.lax. Without them everything runs on XLA, as the key ``parallel.convolutions`` says:
+XLA's convolutions on CPU are several times slower than oneDNN's, and its column sums behind a ReLU
+than reading the values. With the extra ``cpu`` installed and a C++ compiler at hand,
+`conv_general_dilated` computes by oneDNN what it can, `batch_norm` by loops of our own, and XLA
+does the rest. Without them everything runs on XLA, as the key ``parallel.kernels`` says:
 
-==========  ====================================================================
-auto        oneDNN where it can be had, else XLA, with one line that says why not
+==========  ========================================================================
+auto        the library where it can be had, else XLA, with one line that says why not
 xla         XLA
-onednn      oneDNN, and an error where it cannot be had
-==========  ====================================================================
+native      the library, and an error where it cannot be had
+==========  ========================================================================
 
 ``python -m bnresearch.native`` says what there is and compiles it. See docs/cpu.md.
 """
@@ -18,42 +19,37 @@ from typing import Any
 
 from bnresearch.errors import UserError, lookup
 
-MODES = {"auto": None, "xla": None, "onednn": None}
+MODES = {"auto": None, "xla": None, "native": None}
 
 
 def choose(mode: str) -> str:
-    """By what the convolutions of a model are computed on the default device: "onednn" or "xla".
+    """By what the convolutions of a model are computed on the default device, and its BatchNorm:
+    "native" or "xla".
     Compiles the library where that is still to be done.
 
     Args:
       mode: a key of MODES.
 
     Raises:
-      UserError: an unknown mode; or "onednn", where it cannot be had.
+      UserError: an unknown mode; or "native", where it cannot be had.
     """
     from bnresearch.native import build
 
-    if not _wanted(mode):
+    if not wanted(mode):
         return "xla"
     loaded = build.load()
     if not isinstance(loaded, build.Missing):
-        return "onednn"
-    if mode == "onednn":
-        raise UserError(f"parallel.convolutions=onednn: {loaded}; or take auto")
+        return "native"
+    if mode == "native":
+        raise UserError(f"parallel.kernels=native: {loaded}; or take auto")
     return "xla"
 
 
 def expected(mode: str) -> bool:
-    """Whether `choose` will say "onednn", as far as can be seen without compiling anything."""
+    """Whether `choose` will say "native", as far as can be seen without compiling anything."""
     from bnresearch.native import build
 
-    if not _wanted(mode):
-        return False
-    try:
-        build.find_onednn(), build.find_compiler()
-    except build.Missing:
-        return False
-    return True
+    return wanted(mode) and build.there()
 
 
 def conv_general_dilated(mode: str = "auto") -> Callable[..., Any]:
@@ -74,8 +70,8 @@ def conv_general_dilated(mode: str = "auto") -> Callable[..., Any]:
         from bnresearch.native.convolution import convolution, supported
 
         given = (x, kernel, window_strides, padding, *args)
-        if _wanted(mode) and supported(*given, **settings):
-            if mode == "onednn":
+        if wanted(mode) and supported(*given, **settings):
+            if mode == "native":
                 choose(mode)
             return convolution(x, kernel, window_strides, padding)
         return jax.lax.conv_general_dilated(*given, **settings)
@@ -83,13 +79,18 @@ def conv_general_dilated(mode: str = "auto") -> Callable[..., Any]:
     return convolve
 
 
-def _wanted(mode: str) -> bool:
+def wanted(mode: str) -> bool:
+    """Whether the library is to be used, if there is one: on CPUs.
+
+    Raises:
+      UserError: an unknown mode; "native" on another platform.
+    """
     import jax
 
-    lookup(MODES, mode, "parallel.convolutions")
+    lookup(MODES, mode, "parallel.kernels")
     platform = jax.default_backend() if mode != "xla" else ""
-    if mode == "onednn" and platform != "cpu":
+    if mode == "native" and platform != "cpu":
         raise UserError(
-            f"parallel.convolutions=onednn is for CPUs, but jax runs on {platform}; take auto"
+            f"parallel.kernels=native is for CPUs, but jax runs on {platform}; take auto"
         )
     return platform == "cpu"

@@ -1,4 +1,4 @@
-"""``python -m bnresearch.native``: what there is for convolutions on this CPU, and compile it."""
+"""``python -m bnresearch.native``: what there is for this CPU, and compile it."""
 
 import sys
 
@@ -6,7 +6,7 @@ from bnresearch.native import build
 
 
 def main() -> int:
-    """Prints what was found; 0 if convolutions can run by oneDNN here, else 1."""
+    """Prints what was found; 0 if there is a library here, else 1."""
     for name, find in (("oneDNN", build.find_onednn), ("compiler", build.find_compiler)):
         try:
             print(f"{name}: {' '.join(map(str, find()))}")
@@ -14,9 +14,9 @@ def main() -> int:
             print(f"{name}: {missing}")
     loaded = build.load()
     if isinstance(loaded, build.Missing):
-        print(f"convolutions: XLA's, because {loaded}")
+        print(f"convolutions and BatchNorm: XLA's, because {loaded}")
         return 1
-    print(f"convolutions: oneDNN {loaded.onednn}, {loaded.path}")
+    print(f"convolutions (oneDNN {loaded.onednn}) and BatchNorm: {loaded.path}")
     return 0
 
 

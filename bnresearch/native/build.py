@@ -20,8 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = ("parts.h", "convolution.cc")
-HANDLERS = ("convolution_forward", "convolution_data", "convolution_weights")
+SOURCES = ("parts.h", "convolution.cc", "batch_norm.cc")
+HANDLERS = (
+    *("convolution_forward", "convolution_data", "convolution_weights"),
+    *("norm_moments", "norm_apply", "norm_sums", "norm_spread"),
+)
 
 # The wheels, and the first version of oneDNN with the interface that the source is written for.
 RUNTIME, HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
@@ -178,7 +181,7 @@ def _compile(onednn: OneDNN, compiler: Compiler, path: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             reason = (lines or done.stderr.splitlines() or ["no reason given"])[0]
-            raise Missing(f"{compiler.path} cannot compile the convolutions: {reason}")
+            raise Missing(f"{compiler.path} cannot compile it: {reason}")
         Path(temporary).chmod(0o755)  # mkstemp makes it private, but a cache may be shared
         os.replace(temporary, path)
     except subprocess.TimeoutExpired:
@@ -215,9 +218,19 @@ def load() -> Loaded | Missing:
 
 
 @functools.cache
+def there() -> bool:
+    """Whether there is all that `library` needs, the cache folder left aside."""
+    try:
+        find_onednn(), find_compiler()
+    except Missing:
+        return False
+    return True
+
+
+@functools.cache
 def ready() -> bool:
     """Whether there is a library; where not, that is said, once."""
     loaded = load()
     if isinstance(loaded, Missing):
-        print(f"native: convolutions run on XLA, slower on CPU: {loaded}", file=sys.stderr)
+        print(f"native: all runs on XLA, slower on CPU: {loaded}", file=sys.stderr)
     return not isinstance(loaded, Missing)

@@ -5,7 +5,6 @@
 // Activations stay NHWC, for which oneDNN's kernels are as fast as for its own orders.
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <array>
 #include <map>
@@ -29,18 +28,6 @@ constexpr auto kFloat = dnnl::memory::data_type::f32;
 const dnnl::engine& Engine() {
   static const auto* engine = new dnnl::engine(dnnl::engine::kind::cpu, 0);
   return *engine;
-}
-
-// XLA asks the system for new memory at every run of a program, and gives it back: a step of a net
-// touches tens of thousands of new pages, which takes as long as a third of its arithmetic. With
-// pages of 2 MiB it is next to nothing. It is a hint, so it may cover the edges of neighbours.
-void AskForLargePages(const void* start, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  uintptr_t first = reinterpret_cast<uintptr_t>(start) / kPage * kPage;
-  uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes + kPage - 1) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 // One thread of OpenMP while it lives, if that is what this oneDNN runs on. Looked up in the

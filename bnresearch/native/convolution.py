@@ -9,17 +9,16 @@ gives derivatives of every order, forward and reverse mode alike. Under ``vmap``
 platforms, and where the compiler shares an array among devices, each is what XLA makes of it.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
-from bnresearch.native import build
+from bnresearch.native.primitive import alike, make
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -115,67 +114,30 @@ def _weights(x: jax.Array, g: jax.Array, strides: Any, padding: Any, size: Any) 
 
 
 def _bind(primitive: Primitive, a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
-    """Within shard_map, both arguments must vary along the same axes of the mesh."""
-    own = [jax.typeof(x).manual_axis_type.varying for x in (a, b)]
-    if axes := tuple(own[1] - own[0]):
-        a = jax.lax.pcast(a, axes, to="varying")
-    if axes := tuple(own[0] - own[1]):
-        b = jax.lax.pcast(b, axes, to="varying")
-    return primitive.bind(a, b, **params)
+    return primitive.bind(*alike(a, b), **params)
 
 
-def _make(name: str, reference: Callable[..., jax.Array], target: str) -> Primitive:
-    """A primitive with everything but its derivatives."""
-    primitive = Primitive(name)
-
-    @primitive.def_abstract_eval
-    def shape(a: Any, b: Any, **params: Any) -> Any:
-        if primitive is FORWARD:
-            height, width = _outputs(a.shape, b.shape, params["strides"], params["padding"])
-            return a.update(shape=(a.shape[0], height, width, b.shape[3]), weak_type=False)
-        if primitive is DATA:
-            return a.update(shape=(a.shape[0], *params["size"], b.shape[2]), weak_type=False)
-        return a.update(shape=(*params["size"], a.shape[3], b.shape[3]), weak_type=False)
-
-    @functools.cache
-    def compiled(**params: Any) -> Callable[..., jax.Array]:
-        return jax.jit(lambda a, b: primitive.bind(a, b, **params))
-
-    primitive.def_impl(lambda a, b, **params: compiled(**params)(a, b))
-
-    def batched(args: Any, dims: Any, **params: Any) -> tuple[jax.Array, int]:
-        return jax.vmap(functools.partial(reference, **params), in_axes=dims)(*args), 0
-
-    batching.primitive_batchers[primitive] = batched
-
-    by_xla = mlir.lower_fun(reference, multiple_results=False)
-    by_onednn = jax.ffi.ffi_lowering(f"bnresearch_{target}")
-
-    def lower(ctx: Any, a: Any, b: Any, **params: Any) -> Any:
-        if not _alone(ctx) or not build.ready():
-            return by_xla(ctx, a, b, **params)
-        numbers = {
-            name: np.array(params[name], np.int64).ravel() for name in ("strides", "padding")
-        }
-        return by_onednn(ctx, a, b, **numbers)
-
-    mlir.register_lowering(primitive, by_xla)
-    mlir.register_lowering(primitive, lower, platform="cpu")
-    return primitive
+def _forward_shape(x: Any, w: Any, strides: Any, padding: Any, size: Any) -> tuple[int, ...]:
+    return x.shape[0], *_outputs(x.shape, w.shape, strides, padding), w.shape[3]
 
 
-def _alone(ctx: Any) -> bool:
-    """Whether what is lowered runs on whole arrays of one device: a custom call is a closed box to
-    the partitioner of jit over several devices. In shard_map and pmap every device has its own."""
-    axes = ctx.module_context.axis_context
-    if hasattr(axes, "manual_axes"):
-        return frozenset(axes.manual_axes) == frozenset(axes.mesh.axis_names)
-    return getattr(axes, "num_devices", 1) in (None, 1)
+def _numbers(strides: Any, padding: Any, size: Any) -> dict[str, Any]:
+    return {"strides": np.array(strides, np.int64), "padding": np.array(padding, np.int64).ravel()}
 
 
-FORWARD = _make("convolution_forward", _forward, "convolution_forward")
-DATA = _make("convolution_data", _data, "convolution_data")
-WEIGHTS = _make("convolution_weights", _weights, "convolution_weights")
+FORWARD = make("convolution_forward", _forward, _forward_shape, _numbers)
+DATA = make(
+    "convolution_data",
+    _data,
+    lambda g, w, size, **_: (g.shape[0], *size, w.shape[2]),
+    _numbers,
+)
+WEIGHTS = make(
+    "convolution_weights",
+    _weights,
+    lambda x, g, size, **_: (*size, x.shape[3], g.shape[3]),
+    _numbers,
+)
 
 
 def _define_derivatives() -> None:

@@ -9,6 +9,7 @@ board.py       the live table
 """
 
 from bnresearch.sweep.jobs import Job
+from bnresearch.sweep.launchers import started_early
 from bnresearch.sweep.run import Counts, check_options, sweep
 
-__all__ = ["Counts", "Job", "check_options", "sweep"]
+__all__ = ["Counts", "Job", "check_options", "started_early", "sweep"]

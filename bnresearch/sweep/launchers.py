@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -41,86 +41,6 @@ def inline(queue: Queue, order: Order, workers: int, stop: threading.Event) -> E
 
 
 # ---- Worker processes
-
-
-def local(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Events:
-    """Worker processes on this machine, each with cores (or a GPU) of its own; one that dies takes
-    only its run along."""
-    count = min(workers or default_workers(), len(queue))
-    pool = [Worker(place) for place in places(count)]
-    futile = 0
-    try:
-        while len(queue) or any(worker.job for worker in pool):
-            if stop.is_set():
-                if not any(worker.job for worker in pool):
-                    return
-                for worker in pool:
-                    worker.ask_to_stop()
-            else:
-                yield from _hand_out(pool, queue, order)
-            ready = wait([worker.connection for worker in pool], TICK_SECONDS)
-            for worker in [worker for worker in pool if worker.connection in ready]:
-                event = worker.receive()
-                if event is None:
-                    pool.remove(worker)
-                    yield from _bury(worker, queue, order, stop)
-                    if stop.is_set():
-                        continue
-                    futile = 0 if worker.ready else futile + 1
-                    if futile >= FUTILE_STARTS:
-                        raise RuntimeError("workers end before they are ready; see what they say")
-                    if len(queue):
-                        pool.append(Worker(worker.place))
-                elif event.status != "ready":
-                    yield from _finished(worker, event, queue, stop)
-            yield None
-    finally:
-        for worker in pool:
-            worker.end()
-            worker.close()
-
-
-def _hand_out(pool: list["Worker"], queue: Queue, order: Order) -> Generator[Event, None, None]:
-    for worker in pool:
-        if worker.job is None:
-            worker.last = worker.job = queue.take(worker.last)
-            if worker.job is not None:
-                worker.give(worker.job, order)
-                yield Event(worker.job.id, "running")
-
-
-def _finished(
-    worker: "Worker", event: Event, queue: Queue, stop: threading.Event
-) -> Generator[Event, None, None]:
-    job, worker.job = worker.job, None
-    assert job is not None
-    if event.status == "stopped" and not stop.is_set():  # somebody stopped the worker
-        event = event._replace(status="waiting")
-    if event.status == "waiting":
-        queue.put_off(job)
-    yield from worker.said()
-    yield event
-
-
-def _bury(
-    worker: "Worker", queue: Queue, order: Order, stop: threading.Event
-) -> Generator[Event, None, None]:
-    """A worker is gone: its job has failed, unless it was never begun or asked to stop."""
-    code = worker.end(patience=0.5)  # its socket closes a moment before it is gone
-    yield from worker.said()
-    worker.close()
-    queue.leave(worker.last)
-    if (job := worker.job) is None:
-        return
-    if stop.is_set():
-        yield Event(job.id, "stopped")
-    elif not worker.ready or code == LEFT:
-        queue.give_back(job)
-        yield Event(job.id, "waiting")
-    else:
-        reason = _explain(code)
-        record_failure(job, order, reason)
-        yield Event(job.id, "failed", reason)
 
 
 class Place(NamedTuple):
@@ -182,9 +102,12 @@ class Worker:
         """Ends it with all that it started, if it does not end by itself; its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
+        self.kill()
+        return self.process.wait()
+
+    def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
 
     def close(self) -> None:
         self.connection.close()
@@ -197,6 +120,121 @@ class Worker:
         self._read += len(text)
         if text.strip():
             yield Event("", "said", text.decode(errors="replace").rstrip())
+
+
+def local(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Events:
+    """Worker processes on this machine, each with cores (or a GPU) of its own; one that dies takes
+    only its run along."""
+    count = min(workers or default_workers(), len(queue))
+    pool = [_worker(place) for place in places(count)]
+    _end(_EARLY)
+    futile = 0
+    try:
+        while len(queue) or any(worker.job for worker in pool):
+            if stop.is_set():
+                if not any(worker.job for worker in pool):
+                    return
+                for worker in pool:
+                    worker.ask_to_stop()
+            else:
+                yield from _hand_out(pool, queue, order)
+            ready = wait([worker.connection for worker in pool], TICK_SECONDS)
+            for worker in [worker for worker in pool if worker.connection in ready]:
+                event = worker.receive()
+                if event is None:
+                    pool.remove(worker)
+                    yield from _bury(worker, queue, order, stop)
+                    if stop.is_set():
+                        continue
+                    futile = 0 if worker.ready else futile + 1
+                    if futile >= FUTILE_STARTS:
+                        raise RuntimeError("workers end before they are ready; see what they say")
+                    if len(queue):
+                        pool.append(Worker(worker.place))
+                elif event.status != "ready":
+                    yield from _finished(worker, event, queue, stop)
+            yield None
+    finally:
+        _end(pool)
+
+
+def _worker(place: Place) -> Worker:
+    """One that was started before there were jobs, or a new one."""
+    early = next((worker for worker in _EARLY if worker.place == place), None)
+    if early is None:
+        return Worker(place)
+    _EARLY.remove(early)
+    return early
+
+
+_EARLY: list[Worker] = []
+
+
+@contextlib.contextmanager
+def started_early(launcher: str, workers: int) -> Iterator[None]:
+    """In its block `local` finds workers that have imported jax already: for who is about to import
+    it, too, before it can say what there is to do. A core is left to this process, so that it takes
+    no longer; those that nobody needed are ended."""
+    if launcher == "local" or (launcher == "auto" and workers):
+        found = places(workers or default_workers())
+        _EARLY.extend(Worker(place) for place in found[: len(_cores()) - 1])
+    try:
+        yield
+    finally:
+        _end(_EARLY)
+
+
+def _end(pool: list[Worker]) -> None:
+    """Ends all of a pool, at once: to give back the memory of each takes a while."""
+    for worker in pool:
+        worker.kill()
+    while pool:
+        worker = pool.pop()
+        worker.end()
+        worker.close()
+
+
+def _hand_out(pool: list[Worker], queue: Queue, order: Order) -> Generator[Event, None, None]:
+    for worker in pool:
+        if worker.job is None:
+            worker.last = worker.job = queue.take(worker.last)
+            if worker.job is not None:
+                worker.give(worker.job, order)
+                yield Event(worker.job.id, "running")
+
+
+def _finished(
+    worker: Worker, event: Event, queue: Queue, stop: threading.Event
+) -> Generator[Event, None, None]:
+    job, worker.job = worker.job, None
+    assert job is not None
+    if event.status == "stopped" and not stop.is_set():  # somebody stopped the worker
+        event = event._replace(status="waiting")
+    if event.status == "waiting":
+        queue.put_off(job)
+    yield from worker.said()
+    yield event
+
+
+def _bury(
+    worker: Worker, queue: Queue, order: Order, stop: threading.Event
+) -> Generator[Event, None, None]:
+    """A worker is gone: its job has failed, unless it was never begun or asked to stop."""
+    code = worker.end(patience=0.5)  # its socket closes a moment before it is gone
+    yield from worker.said()
+    worker.close()
+    queue.leave(worker.last)
+    if (job := worker.job) is None:
+        return
+    if stop.is_set():
+        yield Event(job.id, "stopped")
+    elif not worker.ready or code == LEFT:
+        queue.give_back(job)
+        yield Event(job.id, "waiting")
+    else:
+        reason = _explain(code)
+        record_failure(job, order, reason)
+        yield Event(job.id, "failed", reason)
 
 
 def _explain(code: int) -> str:

@@ -7,7 +7,6 @@ A worker that loses its coordinator, or is asked to stop, saves the run it is at
 
 import contextlib
 import functools
-import gc
 import os
 import queue
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from bnresearch import rundir
 from bnresearch.errors import Diverged, InUse, Stopped, UserError
+from bnresearch.imports import without_gc
 from bnresearch.sweep.jobs import Event, Job, Order
 
 LEFT = 75  # exit code of a worker that was asked to end: a job it still has was not begun
@@ -133,11 +133,8 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
     signal.signal(signal.SIGTERM, end)
     threading.Thread(target=listen, daemon=True).start()
-    gc.disable()  # imports make hundreds of thousands of objects, and no garbage
-    from bnresearch import train  # noqa: F401  it takes a while, and jobs need it
-
-    gc.freeze()
-    gc.enable()
+    with without_gc():
+        from bnresearch import train  # noqa: F401  it takes a while, and jobs need it
 
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.send(Event("", "ready"))
