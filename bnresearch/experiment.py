@@ -163,6 +163,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _build(config: ConfigDict) -> Program:
+    native.require(config.parallel.kernels)
     layout = make_layout(
         config.parallel.mode,
         config.norm.scope,
@@ -180,7 +181,7 @@ def _build(config: ConfigDict) -> Program:
     # On CPU a convolution of XLA inside a compiled loop is several times slower than by itself.
     on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     convolved = on_cpu and not entry.dense
-    looping = not dataset.sharded_feed and (not convolved or _by_onednn(config, layout))
+    looping = not dataset.sharded_feed and (not convolved or _by_library(config, layout))
     most = dataset.max_steps_per_feed
     chunk = min(most, CONVOLVED_STEPS) if convolved else most
     step = make_train_step(config, dataset, layout, schedule)
@@ -209,19 +210,23 @@ def _build(config: ConfigDict) -> Program:
     )
 
 
-def _by_onednn(config: ConfigDict, layout: Layout) -> bool:
+def _by_library(config: ConfigDict, layout: Layout) -> bool:
     """Whether no convolution of the step is left to XLA, as far as can be seen before tracing."""
     whole = layout.shares == layout.device_count  # else the compiler shares arrays out
     plain = config.dtype == "float32" and config.train.accumulate == 1
     return whole and plain and native.expected(config.parallel.kernels)
 
 
-def convolutions(config: ConfigDict) -> str | None:
-    """By what the convolutions of a run are computed, for status.json: what `native.choose` says,
-    which compiles the library if need be; None for a model without any."""
-    if MODELS[config.model.name].dense:
-        return None
-    return native.choose(config.parallel.kernels) if config.dtype == "float32" else "xla"
+def kernels(experiment: Experiment) -> str:
+    """By what convolutions and large norms of a run are computed, for status.json: "native" (see
+    `native.choose`, which compiles the library if need be) or "xla"."""
+    config, layout = experiment.config, experiment.program.layout
+    whole = layout.shares == layout.device_count and experiment.members == 1
+    if not whole or config.dtype != "float32":
+        return "xla"
+    if MODELS[config.model.name].dense:  # compiles the library where a norm turns out to be large
+        return "native" if native.expected(config.parallel.kernels) else "xla"
+    return native.choose(config.parallel.kernels)
 
 
 def _init(config: ConfigDict, start: Callable[[Tree], State]) -> Callable[[Tree], State]:

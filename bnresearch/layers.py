@@ -252,7 +252,7 @@ class NormMaker:
 
     @property
     def kernels(self) -> str:
-        """By what convolutions are computed on CPUs: a key of `native.MODES`."""
+        """By what convolutions and norms are computed on CPUs: a key of `native.MODES`."""
         return self.scope.kernels
 
     def linear(self, path: tuple[str, ...], function: Callable[..., jax.Array]) -> Callable:

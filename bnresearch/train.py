@@ -21,9 +21,9 @@ from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
 from bnresearch.experiment import (
     Experiment,
-    convolutions,
     evaluator,
     initial_state,
+    kernels,
     prepare,
     train_feed,
 )
@@ -99,8 +99,7 @@ def _run(
     with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
-        if computed_by := convolutions(experiment.config):
-            folder.about["convolutions"] = computed_by
+        folder.about["kernels"] = kernels(experiment)
         folder.set_status("running", step)
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):

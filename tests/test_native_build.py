@@ -13,6 +13,7 @@ import pytest
 from bnresearch import native
 from bnresearch.config import default_config, validate
 from bnresearch.errors import UserError
+from bnresearch.experiment import prepare
 from bnresearch.native import build
 
 MARK = "bnresearch_convolution"
@@ -107,6 +108,14 @@ def test_forced_it_is_refused_with_the_reason(fault, afresh, installed, monkeypa
         convolve("native")
     assert "parallel.kernels=native" in str(refusal.value)
     assert FAULTS[fault] in str(refusal.value)
+
+
+def test_forced_a_run_without_convolutions_is_refused_too(afresh, monkeypatch, tmp_path):
+    no_onednn(monkeypatch, tmp_path)
+    config = default_config()
+    config.parallel.kernels = "native"
+    with pytest.raises(UserError, match="parallel.kernels=native: oneDNN is not installed"):
+        prepare(config)
 
 
 def test_what_is_expected_is_known_without_compiling(

@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnresearch import native
+from bnresearch.config import default_config
 from bnresearch.kinds import batch
 from bnresearch.native import batch_norm as fused
 from bnresearch.native import build
 from bnresearch.norm import Scope, Stats, batch_norm
+from bnresearch.step import build_model
 
 MARK = "bnresearch_norm"  # in the text of a program that calls the library
 EPSILON = 1e-3
@@ -43,8 +45,9 @@ class Case(NamedTuple):
     add: bool = False
 
 
-# Features below, at, above and beside the 16 of a vector; rows that leave a rest; several blocks.
-SIZES = [(1, 700, 16), (2, 513, 7), (1, 64, 100), (3, 40, 1030), (1, 9000, 3), (1, 70000, 1)]
+# Features below, at, above and beside the 16 of a vector; rows that leave a rest. The last two are
+# several blocks for several threads, the one of several sets.
+SIZES = [(1, 700, 16), (2, 513, 7), (1, 64, 100), (3, 40, 1030), (1, 70000, 1), (2, 9000, 40)]
 CASES = [
     Case(*size, relu, add) for size in SIZES for relu in (False, True) for add in (False, True)
 ]
@@ -215,6 +218,50 @@ def test_the_layer_is_the_one_that_xla_computes(every_size, scope, activation):
     close(jax.jit(with_library)(*args), jax.jit(by_xla)(*args), 1e-5)
 
 
+def test_parameters_of_other_dtypes_count_as_float32(every_size):
+    """As `bnresearch.BatchNorm` has them with ``param_dtype``."""
+    x, scale, bias, add, t = images()
+    half = [a.astype(jnp.bfloat16) for a in (scale, bias, add)]
+    ours, by_xla = (gradients(t, scope=Scope(kernels=kernels)) for kernels in ("auto", "xla"))
+    assert MARK in program(ours, x, *half)
+    wide = jax.tree.map(np.float32, (jax.jit(ours)(x, *half), jax.jit(by_xla)(x, *half)))
+    close(*wide, 1e-2)
+
+
+def test_float32_without_parameters_where_float64_is_the_default(every_size):
+    x, *_ = images()
+    with jax.enable_x64(True):
+        y, _ = jax.jit(lambda x: layer(x, None, None))(x)
+        wanted, _ = jax.jit(lambda x: layer(x, None, None, scope=Scope(kernels="xla")))(x)
+    close(y, np.asarray(wanted), 1e-5)
+
+
+def test_on_the_data_only_the_parameters_are_derived(every_size):
+    x, scale, bias, add, t = images()
+
+    def total(*params):
+        return (layer(x, *params)[0] * t).sum()
+
+    wanted = gradients(t, scope=Scope(kernels="xla"))(x, scale, bias, add)
+    run = jax.grad(total, (0, 1, 2))
+    assert MARK in program(run, scale, bias, add)
+    close(jax.jit(run)(scale, bias, add), wanted[1:], 1e-5)
+
+
+def test_the_key_of_the_config_reaches_the_norms(every_size):
+    shape, classes = (8, 8, 1), 10
+    texts = {}
+    for kernels in ("auto", "xla"):
+        config = default_config()
+        config.parallel.kernels = kernels
+        model = build_model(config, classes, use="batch")
+        variables = model.init(jax.random.key(0), jnp.ones((2, *shape)), train=False)
+        run = partial(model.apply, train=True, mutable=["batch_stats"])
+        texts[kernels] = program(run, variables, jnp.ones((16, *shape)))
+    assert MARK in texts["auto"]
+    assert MARK not in texts["xla"]
+
+
 LEFT_TO_XLA = {
     "another activation": dict(activation=jax.nn.gelu),
     "a mask": dict(mask=jnp.arange(16) < 12),
@@ -279,8 +326,32 @@ def test_each_of_eight_devices_computes_its_own(every_size):
     close(jax.jit(run)(*spread), jax.jit(run)(*args), 1e-5)
 
 
-def test_without_the_library_nothing_is_said_and_xla_goes_on(every_size, monkeypatch, capsys):
-    monkeypatch.setattr(native, "expected", lambda mode: False)
-    x, scale, bias, *_ = images()
-    assert MARK not in program(layer, x, scale, bias)
-    assert capsys.readouterr().err == ""
+def test_pmap_gives_each_device_its_own(every_size):
+    x, scale, bias, add, t = images()
+
+    def own(x, add, t):
+        return gradients(t, scope=Scope(pool="d"))(x, scale, bias, add)[0]
+
+    def wanted(x, add, t):
+        return gradients(t, scope=Scope(kernels="xla"))(x, scale, bias, add)[0]
+
+    parts = [a.reshape(4, 4, *a.shape[1:]) for a in (x, add, t)]
+    mapped = jax.pmap(own, axis_name="d")
+    assert MARK in mapped.lower(*parts).as_text()
+    # The running statistics are those of all devices: here only what passes through the output.
+    silent = [jnp.zeros_like(a) if a is parts[2] else a for a in parts]
+    difference = mapped(*parts) - mapped(*silent)
+    alone = [wanted(*(a[i] for a in parts)) - wanted(*(a[i] for a in silent)) for i in range(4)]
+    close(difference, np.stack(alone), 1e-5)
+
+
+@pytest.mark.parametrize("way", ["nothing is there", "nothing compiles"])
+def test_without_the_library_xla_goes_on(every_size, monkeypatch, way):
+    *args, t = images()
+    wanted = jax.jit(gradients(t, scope=Scope(kernels="xla")))(*args)
+    if way == "nothing is there":
+        monkeypatch.setattr(native, "expected", lambda mode: False)
+    else:
+        monkeypatch.setattr(build, "ready", lambda: False)
+    assert MARK not in program(gradients(t), *args)
+    close(jax.jit(gradients(t))(*args), wanted, 1e-5)

@@ -338,6 +338,15 @@ def test_a_worker_that_does_not_suit_the_jobs_is_ended(tmp_path, two_cores):
     assert read(tmp_path / "runs" / job.id / "status.json")["pid"] != early.process.pid
 
 
+def test_a_worker_of_another_environment_is_ended(tmp_path, two_cores, monkeypatch):
+    jobs = [doing(tmp_path, "go", seed=seed) for seed in range(2)]
+    with launchers.started_early("local", 2):
+        (early,) = launchers._EARLY
+        monkeypatch.setenv("OF_A_STUDY_FILE", "1")
+        assert sweep(jobs, tmp_path / "runs", launcher="local", workers=2, show="off").done == 2
+        assert early.process.returncode == -signal.SIGKILL
+
+
 def test_a_worker_without_jobs_ends_with_a_refusal(two_cores, capfd):
     with contextlib.suppress(UserError), launchers.started_early("auto", 2):
         (early,) = launchers._EARLY

@@ -146,10 +146,13 @@ def _by_library(
 ) -> tuple[jax.Array, Sets, Stats]:
     shape, splits = sets.whole.shape, sets.scope.splits
     x = sets.whole.reshape(splits, -1, shape[-1])
-    row = (splits, shape[-1])
-    scale = jnp.ones(row) if vectors.scale is None else jnp.broadcast_to(vectors.scale, row)
-    bias = jnp.zeros(row) if vectors.bias is None else jnp.broadcast_to(vectors.bias, row)
-    added = None if add is None else add.reshape(x.shape)
+
+    def row(vector: jax.Array | None, otherwise: float) -> jax.Array:
+        vector = jnp.asarray(otherwise if vector is None else vector, x.dtype)
+        return jnp.broadcast_to(vector, (splits, shape[-1]))
+
+    scale, bias = row(vectors.scale, 1), row(vectors.bias, 0)
+    added = None if add is None else jnp.broadcast_to(add, shape).astype(x.dtype).reshape(x.shape)
     y, m, v = fused.batch_norm(x, scale, bias, vectors.epsilon, added, activation is not None)
     return y.reshape(shape), sets, Stats(sets.per_set(m), sets.per_set(v))
 

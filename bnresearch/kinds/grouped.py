@@ -44,7 +44,7 @@ def examples(x: jax.Array, mask: Any = None) -> tuple[Sets, Stats]:
     mask = None if mask is None else align_mask(mask, x.shape)
     if mask is not None and all(n == 1 for n in mask.shape[1:]):
         mask = None
-    sets = Sets(x, Scope(splits=len(x)), mask)
+    sets = Sets(x, Scope(splits=max(1, len(x))), mask)
     return sets, moments(sets)
 
 

@@ -45,6 +45,16 @@ def choose(mode: str) -> str:
     return "xla"
 
 
+def require(mode: str) -> None:
+    """Refuse "native" where it cannot be had.
+
+    Raises:
+      UserError: as `choose`.
+    """
+    if mode == "native":
+        choose(mode)
+
+
 def expected(mode: str) -> bool:
     """Whether `choose` will say "native", as far as can be seen without compiling anything."""
     from bnresearch.native import build
@@ -71,8 +81,7 @@ def conv_general_dilated(mode: str = "auto") -> Callable[..., Any]:
 
         given = (x, kernel, window_strides, padding, *args)
         if wanted(mode) and supported(*given, **settings):
-            if mode == "native":
-                choose(mode)
+            require(mode)
             return convolution(x, kernel, window_strides, padding)
         return jax.lax.conv_general_dilated(*given, **settings)
 

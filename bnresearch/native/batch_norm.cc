@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kLanes = 16;   // floats of a vector: one register of AVX-512, two of AVX2
 constexpr int64_t kTile = 4;     // vectors that are summed at once: hides the latency of additions
 constexpr int64_t kStrip = 8;    // rows of a tile between two visits to memory for its sums
-constexpr int64_t kBlock = 1 << 15;  // floats of a block: 128 KiB
+constexpr int64_t kBlock = 1 << 16;  // floats of a block: 256 KiB
 constexpr int64_t kFewest = 64;      // rows of a block, at least
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -79,11 +79,11 @@ void Columns(const Plan& plan, int64_t wide_rows, float* sums, const Body& body)
   }
 }
 
-// The sums of one feature over the rows that were taken together.
-double Folded(const Plan& plan, const float* sums, int64_t feature) {
-  double total = 0;
-  for (int64_t k = 0; k < plan.fold; ++k) total += sums[k * plan.features + feature];
-  return total;
+// The sums of each feature over the rows that were taken together.
+void Fold(const Plan& plan, const float* sums, double* totals) {
+  std::fill_n(totals, plan.features, 0.0);
+  for (int64_t k = 0; k < plan.fold; ++k)
+    for (int64_t f = 0; f < plan.features; ++f) totals[f] += sums[k * plan.features + f];
 }
 
 // A vector per feature, once for each of the rows that are taken together; may start where it lies.
@@ -121,7 +121,7 @@ void InBlocks(ffi::ThreadPool& pool, int64_t sets, const Plan& plan, int64_t vec
 
 // Mean and biased variance. In a block: the mean, then sums of deviations from it, whose own mean
 // takes away what rounding left in the first one; blocks are merged as Chan et al. (1979) do.
-ffi::Error Moments(ffi::ThreadPool pool, Rows x, ffi::Result<Rows> out) {
+void Moments(ffi::ThreadPool& pool, Rows x, Rows& out) {
   const int64_t sets = x.dimensions()[0], features = x.dimensions()[2];
   const Plan plan(features, x.dimensions()[1]);
   std::vector<double> found(sets * plan.blocks * 2 * features);
@@ -129,50 +129,57 @@ ffi::Error Moments(ffi::ThreadPool pool, Rows x, ffi::Result<Rows> out) {
     const int64_t wide = block.rows / plan.fold, rest = block.rows % plan.fold;
     const float *data = x.typed_data() + block.start, *last = data + wide * plan.width;
     float *sums = scratch, *means = scratch + 2 * plan.width;
-    double* result = found.data() + number * 2 * features;
+    double *first = found.data() + number * 2 * features, *second = first + features;
     Columns<1>(plan, wide, sums, [&](Vector* terms, int64_t i, int64_t row) {
       terms[0] = Load(data + row + i);
     });
-    for (int64_t f = 0; f < features; ++f) {
-      double total = Folded(plan, sums, f);
-      for (int64_t r = 0; r < rest; ++r) total += last[r * features + f];
-      means[f] = static_cast<float>(total / block.rows);
-    }
+    Fold(plan, sums, first);
+    for (int64_t r = 0; r < rest; ++r)
+      for (int64_t f = 0; f < features; ++f) first[f] += last[r * features + f];
+    const double share = 1.0 / block.rows;
+    for (int64_t f = 0; f < features; ++f) means[f] = static_cast<float>(first[f] * share);
     Repeat(plan, means, means);
     Columns<2>(plan, wide, sums, [&](Vector* terms, int64_t i, int64_t row) {
       Vector deviation = Load(data + row + i) - Load(means + i);
       terms[0] = deviation;
       terms[1] = deviation * deviation;
     });
-    for (int64_t f = 0; f < features; ++f) {
-      double first = Folded(plan, sums, f), second = Folded(plan, sums + plan.width, f);
-      for (int64_t r = 0; r < rest; ++r) {
-        double deviation = static_cast<double>(last[r * features + f]) - means[f];
-        first += deviation;
-        second += deviation * deviation;
+    Fold(plan, sums, first);
+    Fold(plan, sums + plan.width, second);
+    for (int64_t r = 0; r < rest; ++r) {
+      for (int64_t f = 0; f < features; ++f) {
+        const double deviation = static_cast<double>(last[r * features + f]) - means[f];
+        first[f] += deviation;
+        second[f] += deviation * deviation;
       }
-      result[f] = means[f] + first / block.rows;
-      result[features + f] = second - first * first / block.rows;
+    }
+    for (int64_t f = 0; f < features; ++f) {
+      second[f] -= first[f] * first[f] * share;
+      first[f] = means[f] + first[f] * share;
     }
   });
   for (int64_t set = 0; set < sets; ++set) {
-    float* mean = out->typed_data() + set * features;
+    // Into the place of the first block.
+    double *m = found.data() + set * plan.blocks * 2 * features, *squares = m + features;
+    double seen = Block(plan, set * plan.blocks).rows;
+    for (int64_t b = 1; b < plan.blocks; ++b) {
+      const double *mean = m + b * 2 * features, *own = mean + features;
+      const double rows = Block(plan, set * plan.blocks + b).rows, share = rows / (seen + rows);
+      for (int64_t f = 0; f < features; ++f) {
+        const double delta = mean[f] - m[f];
+        squares[f] += own[f] + delta * delta * seen * share;
+        m[f] += delta * share;
+      }
+      seen += rows;
+    }
+    float* mean = out.typed_data() + set * features;
     float* variance = mean + sets * features;
     for (int64_t f = 0; f < features; ++f) {
-      double m = 0, squares = 0, seen = 0;
-      for (int64_t i = set * plan.blocks; i < (set + 1) * plan.blocks; ++i) {
-        const double* one = found.data() + i * 2 * features;
-        const double rows = Block(plan, i).rows, delta = one[f] - m;
-        squares += one[features + f] + delta * delta * seen * rows / (seen + rows);
-        m += delta * rows / (seen + rows);
-        seen += rows;
-      }
-      mean[f] = static_cast<float>(m);
+      mean[f] = static_cast<float>(m[f]);
       // Not max(): it would turn NaN into 0.
-      variance[f] = static_cast<float>(squares < 0 ? 0 : squares / plan.count);
+      variance[f] = static_cast<float>(squares[f] < 0 ? 0 : squares[f] / plan.count);
     }
   }
-  return ffi::Error::Success();
 }
 
 // y = (x - m) * a + b (+ added), and with `relu` the positive part of that.
@@ -226,7 +233,7 @@ void Sums(ffi::ThreadPool& pool, Affine in, const float* gradient, Rows& out) {
     const float *added = kAdd ? in.added + block.start : nullptr, *m = in.Wide(in.m, block, scratch + 2 * width);
     const float *a = in.Wide(in.a, block, scratch + 3 * width);
     const float *b = in.Wide(in.b, block, scratch + 4 * width);
-    double* result = found.data() + number * 2 * features;
+    double *first = found.data() + number * 2 * features, *second = first + features;
     Columns<2>(plan, wide, scratch, [&](Vector* terms, int64_t i, int64_t row) {
       Vector centred = Load(x + row + i) - Load(m + i), kept = Load(g + row + i);
       if (kRelu) {
@@ -237,27 +244,25 @@ void Sums(ffi::ThreadPool& pool, Affine in, const float* gradient, Rows& out) {
       terms[0] = kept;
       terms[1] = centred * kept;
     });
-    for (int64_t f = 0; f < features; ++f) {
-      double first = Folded(plan, scratch, f), second = Folded(plan, scratch + width, f);
-      for (int64_t r = wide * plan.fold; r < block.rows; ++r) {
+    Fold(plan, scratch, first);
+    Fold(plan, scratch + width, second);
+    for (int64_t r = wide * plan.fold; r < block.rows; ++r) {
+      for (int64_t f = 0; f < features; ++f) {
         const int64_t i = r * features + f;
         const float centred = x[i] - m[f];
         if (kRelu && !(centred * a[f] + b[f] + (kAdd ? added[i] : 0) > 0)) continue;
-        first += g[i];
-        second += static_cast<double>(centred) * g[i];
+        first[f] += g[i];
+        second[f] += static_cast<double>(centred) * g[i];
       }
-      result[f] = first;
-      result[features + f] = second;
     }
   });
   for (int64_t set = 0; set < in.sets; ++set) {
+    double* totals = found.data() + set * plan.blocks * 2 * features;  // in the first block's place
+    for (int64_t b = 1; b < plan.blocks; ++b)
+      for (int64_t i = 0; i < 2 * features; ++i) totals[i] += totals[b * 2 * features + i];
     for (int64_t i = 0; i < 2 * features; ++i) {
-      double total = 0;
-      for (int64_t block = set * plan.blocks; block < (set + 1) * plan.blocks; ++block)
-        total += found[block * 2 * features + i];
-      const int64_t half = i / features;
-      out.typed_data()[(half * in.sets + set) * features + i % features] =
-          static_cast<float>(total);
+      const int64_t half = i / features, f = i % features;
+      out.typed_data()[(half * in.sets + set) * features + f] = static_cast<float>(totals[i]);
     }
   }
 }
@@ -308,48 +313,57 @@ const float* Added(ffi::RemainingArgs rest) {
   return rest.size() ? rest.get<Rows>(0)->typed_data() : nullptr;
 }
 
+constexpr char kWho[] = "BatchNorm";
+
+ffi::Error MomentsCall(ffi::ThreadPool pool, Rows x, ffi::Result<Rows> out) {
+  return Guarded(kWho, [&] { Moments(pool, x, *out); });
+}
+
 ffi::Error ApplyCall(ffi::ThreadPool pool, Rows x, Vectors m, Vectors a, Vectors b,
                      ffi::RemainingArgs rest, ffi::Result<Rows> y, bool relu) {
-  const float* added = Added(rest);
-  AskForLargePages(y->typed_data(), y->size_bytes());
-  Choose(relu, added, [&](auto relu, auto add) {
-    Apply<relu, add>(pool, Affine(x, m, a, b, added), y->typed_data());
+  return Guarded(kWho, [&] {
+    const float* added = Added(rest);
+    AskForLargePages(y->typed_data(), y->size_bytes());
+    Choose(relu, added, [&](auto relu, auto add) {
+      Apply<relu, add>(pool, Affine(x, m, a, b, added), y->typed_data());
+    });
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error SumsCall(ffi::ThreadPool pool, Rows x, Rows g, Vectors m, Vectors a, Vectors b,
                     ffi::RemainingArgs rest, ffi::Result<Rows> sums, bool relu) {
-  const float* added = Added(rest);
-  Choose(relu, added, [&](auto relu, auto add) {
-    Sums<relu, add>(pool, Affine(x, m, a, b, added), g.typed_data(), *sums);
+  return Guarded(kWho, [&] {
+    const float* added = Added(rest);
+    Choose(relu, added, [&](auto relu, auto add) {
+      Sums<relu, add>(pool, Affine(x, m, a, b, added), g.typed_data(), *sums);
+    });
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error SpreadCall(ffi::ThreadPool pool, Rows x, Rows g, Vectors m, Vectors a, Vectors b,
                       Vectors c, Vectors d, ffi::RemainingArgs rest, ffi::Result<Rows> dx,
                       ffi::RemainingRets more, bool relu) {
-  const float* added = Added(rest);
-  AskForLargePages(dx->typed_data(), dx->size_bytes());
-  float* dadded = nullptr;
-  if (more.size()) {
-    ffi::Result<Rows> second = *more.get<Rows>(0);
-    dadded = second->typed_data();
-    AskForLargePages(dadded, second->size_bytes());
-  }
-  Choose(relu, added, [&](auto relu, auto add) {
-    Spread<relu, add>(pool, Affine(x, m, a, b, added), g.typed_data(), c, d, dx->typed_data(),
-                      dadded);
+  return Guarded(kWho, [&] {
+    const float* added = Added(rest);
+    AskForLargePages(dx->typed_data(), dx->size_bytes());
+    float* dadded = nullptr;
+    if (more.size()) {
+      ffi::Result<Rows> second = *more.get<Rows>(0);
+      dadded = second->typed_data();
+      AskForLargePages(dadded, second->size_bytes());
+    }
+    Choose(relu, added, [&](auto relu, auto add) {
+      Spread<relu, add>(pool, Affine(x, m, a, b, added), g.typed_data(), c, d, dx->typed_data(),
+                        dadded);
+    });
   });
-  return ffi::Error::Success();
 }
 
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(norm_moments, Moments, Bind().Arg<Rows>().Ret<Rows>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(norm_moments, MomentsCall, Bind().Arg<Rows>().Ret<Rows>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(norm_apply, ApplyCall,
                               Bind()
                                   .Arg<Rows>()

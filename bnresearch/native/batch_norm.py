@@ -51,7 +51,8 @@ def batch_norm(
       relu: whether ReLU follows.
 
     Returns:
-      y, like x; m and v, ``[sets, features]``. For the backward pass x, added, m and v are kept.
+      y, like x; m and v, ``[sets, features]``. For the backward pass x, vectors, and
+      with ReLU what was added are kept.
     """
     arrays = [x, scale, bias, jnp.asarray(epsilon, x.dtype)]
     return _batch_norm(relu, *alike(*arrays, *([] if added is None else [added])))

@@ -120,7 +120,12 @@ def find_compiler() -> Compiler:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
         if path := shutil.which(name):
-            said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+            try:
+                said = subprocess.run(
+                    [path, "--version"], capture_output=True, text=True, timeout=60
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise Missing(f"{path} --version fails ({error}); set CXX to a compiler") from None
             return Compiler(path, said.stdout.partition("\n")[0])
     raise Missing(f"there is no C++ compiler ({', '.join(names)}); install g++ or clang++")
 

@@ -199,16 +199,6 @@ Shape Part(Shape shape, int64_t n) {
   return shape;
 }
 
-template <typename Body>
-ffi::Error Guarded(const Body& body) {
-  try {
-    body();
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("oneDNN: ") + error.what());
-  }
-}
-
 // Forward pass (kind kForward) and gradient of the data (kData): `in` of the one is `out` of the
 // other, and all that differs is which of x and y is written.
 void WithWeights(Kind kind, ffi::ThreadPool& pool, const Shape& shape, const float* x,
@@ -254,7 +244,7 @@ void WithWeights(Kind kind, ffi::ThreadPool& pool, const Shape& shape, const flo
 
 ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer w, Result y, Numbers strides,
                    Numbers padding) {
-  return Guarded([&] {
+  return Guarded("oneDNN", [&] {
     Shape shape =
         MakeShape(x.dimensions(), w.dimensions(), y->dimensions(), strides, padding);
     WithWeights(kForward, pool, shape, x.typed_data(), w.typed_data(), y->typed_data());
@@ -263,7 +253,7 @@ ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer w, Result y, Numbers s
 
 ffi::Error Data(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, Numbers strides,
                 Numbers padding) {
-  return Guarded([&] {
+  return Guarded("oneDNN", [&] {
     Shape shape =
         MakeShape(x->dimensions(), w.dimensions(), g.dimensions(), strides, padding);
     WithWeights(kData, pool, shape, x->typed_data(), w.typed_data(), g.typed_data());
@@ -274,7 +264,7 @@ ffi::Error Data(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, Numbers stri
 // depend on who computed what.
 ffi::Error Weights(ffi::ThreadPool pool, Buffer x, Buffer g, Result w, Numbers strides,
                    Numbers padding) {
-  return Guarded([&] {
+  return Guarded("oneDNN", [&] {
     constexpr int64_t kMost = 64 << 20;  // bytes of sums
     Shape shape =
         MakeShape(x.dimensions(), w->dimensions(), g.dimensions(), strides, padding);

@@ -14,6 +14,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include <sys/mman.h>
 
@@ -100,6 +101,17 @@ inline void AskForLargePages(const void* start, size_t bytes) {
   uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes + kPage - 1) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+// An exception must not leave a call from XLA.
+template <typename Body>
+ffi::Error Guarded(const char* who, const Body& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string(who) + ": " + error.what());
+  }
 }
 
 }  // namespace bnresearch

@@ -30,6 +30,7 @@ from bnresearch.sweep.worker import LEFT, record_failure
 
 # Not `-m`: the package has imported its worker by then, of which python would warn.
 START = "import sys; from bnresearch.sweep import worker; worker.main(sys.argv[1:])"
+SET_BY_JAX = {"TPU_SKIP_MDS_QUERY", "TF_CPP_MIN_LOG_LEVEL"}  # when it is imported
 FUTILE_STARTS = 3  # workers in a row that end before they are ready, before the sweep gives up
 
 Launcher = Callable[[Queue, Order, int, threading.Event], Events]
@@ -63,6 +64,7 @@ class Worker:
         self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115  it lives as long as this
         self._read = 0
         self._asked = False
+        self.environment = dict(os.environ)
         with theirs:
             self.process = subprocess.Popen(
                 [
@@ -80,7 +82,7 @@ class Worker:
     def give(self, job: Job, order: Order) -> None:
         """Hands it a job; if it has just died, ``receive`` will say so."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send((job, order))
+            self.connection.send((job, order, sys.path))
 
     def receive(self) -> Event | None:
         """What it has to tell; None if it is gone."""
@@ -159,12 +161,14 @@ def local(queue: Queue, order: Order, workers: int, stop: threading.Event) -> Ev
 
 
 def _worker(place: Place) -> Worker:
-    """One that was started before there were jobs, or a new one."""
-    early = next((worker for worker in _EARLY if worker.place == place), None)
-    if early is None:
-        return Worker(place)
-    _EARLY.remove(early)
-    return early
+    """One that was started before there were jobs, if what was loaded since (a study file) has not
+    changed the environment, or a new one."""
+    for worker in _EARLY:
+        before, now = worker.environment.items(), os.environ.items()
+        if worker.place == place and {name for name, _ in before ^ now} <= SET_BY_JAX:
+            _EARLY.remove(worker)
+            return worker
+    return Worker(place)
 
 
 _EARLY: list[Worker] = []
@@ -175,10 +179,10 @@ def started_early(launcher: str, workers: int) -> Iterator[None]:
     """In its block `local` finds workers that have imported jax already: for who is about to import
     it, too, before it can say what there is to do. A core is left to this process, so that it takes
     no longer; those that nobody needed are ended."""
-    if launcher == "local" or (launcher == "auto" and workers):
-        found = places(workers or default_workers())
-        _EARLY.extend(Worker(place) for place in found[: len(_cores()) - 1])
     try:
+        if launcher == "local" or (launcher == "auto" and workers):
+            for place in places(workers or default_workers())[: len(_cores()) - 1]:
+                _EARLY.append(Worker(place))
         yield
     finally:
         _end(_EARLY)

@@ -139,7 +139,10 @@ def main(arguments: Sequence[str]) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.send(Event("", "ready"))
         while (given := inbox.get()) is not None and not stop.is_set():
-            event = carry_out(*given, stop)
+            job, order, path = given
+            # Of who may have read files since this process was started, which have others beside.
+            sys.path.extend(folder for folder in path if folder not in sys.path)
+            event = carry_out(job, order, stop)
             sys.stdout.flush()
             connection.send(event)
     # What it did is on disk; jax takes its time to end in good order.
