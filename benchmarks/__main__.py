@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import RESULTS, name_of, write
+from benchmarks.measure import RESULTS, name_of, say, write
 from benchmarks.picture import draw
 
 PARTS: dict[str, str] = {
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = options.out or RESULTS
     for name in options.part or everything:
         part, stem = module(name), name_of(name, options.quick)
+        say(f"{name}: {PARTS[name]}")
         result = write(name, part.run(options.quick), results / f"{stem}.json")
         show(part, result)
         if result["rows"]:

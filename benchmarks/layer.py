@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import peers
-from benchmarks.measure import Spread, exact, in_turn, installed, missing, ratios, spread, text
+from benchmarks.measure import Spread, exact, in_turn, installed, missing, ratios, say, spread, text
 from benchmarks.peers import JAX, LINEN, OURS, TORCH
 from benchmarks.picture import Bars
 
@@ -43,6 +43,7 @@ def run(quick: bool) -> dict[str, Any]:
     repeats = 2 if quick else 15
     rows = []
     for shape in shapes:
+        say(f"  {list(shape)}")
         for what in peers.BEHIND:
             rows += measure(shape, dtype, what, repeats)
     return {"rows": rows, "left_out": missing([name for name in PEERS if name in LAZY])}

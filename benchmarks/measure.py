@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def text(values: Spread, factor: float = 1.0, digits: int = 2) -> str:
     """``median (lower to upper quartile)``."""
     median, low, high = (f"{factor * values[x]:.{digits}f}" for x in ("median", "low", "high"))
     return f"{median} ({low} to {high})"
+
+
+def say(what: str) -> None:
+    """A line for who waits: on stderr, with the seconds since the command began."""
+    print(f"[{time.monotonic() - STARTED:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def in_turn(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

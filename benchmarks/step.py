@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from benchmarks import plain
-from benchmarks.measure import LeftOut, in_turn, missing, ratios, scaled, spread, text
+from benchmarks.measure import LeftOut, in_turn, missing, ratios, say, scaled, spread, text
 from benchmarks.picture import Bars
 from bnresearch import config as configs
 from bnresearch.experiment import Experiment, initial_state, prepare, train_feed
@@ -52,6 +52,7 @@ def measure(cases: Mapping[str, Case], quick: bool) -> dict[str, Any]:
     """All cases, one after the other; the sides of each in turn."""
     rows, left_out = [], missing(["torch"])
     for name, case in cases.items():
+        say(f"  {name}")
         try:
             rows += measured(name, case, quick, left_out)
         except LeftOut as reason:

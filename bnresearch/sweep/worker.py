@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # before jax is imported, which looks once
     connection = Connection(socket)
-    inbox: queue.SimpleQueue[tuple[Job, Order] | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[Job, Order, list[str]] | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def end(*signal_and_frame: Any) -> None:
