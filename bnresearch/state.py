@@ -30,8 +30,8 @@ class State(struct.PyTreeNode):
 
 def empty_meter() -> dict[str, Any]:
     """Sums of the loss and of the gradient norm over ``count`` steps, and whether a step was
-    refused because its loss, gradient or statistics were not finite. Of numpy: after every log line
-    there is a new one, and jax takes a third of a millisecond to make it."""
+    refused because its loss, gradient or statistics were not finite. Of numpy; after every log line
+    the program makes one where the step takes it (`experiment.Program`)."""
     return {
         "loss": np.zeros((), np.float32),
         "gradient_norm": np.zeros((), np.float32),

@@ -1,7 +1,11 @@
 """BatchNorm by the library of C++: values, derivatives, and where XLA goes on without it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -177,6 +181,36 @@ def test_it_repeats_to_the_bit():
     first = run(args, weights)
     for _ in range(5):
         jax.tree.map(np.testing.assert_array_equal, run(args, weights), first)
+
+
+# Prints a digest of all results of one layer with several blocks.
+DIGEST = """
+import hashlib, jax
+import test_native_norm as t
+args, weights = t.arrays(t.Case(2, 9000, 40, True))
+run = jax.jit(t.partial(t.reverse, t.partial(t.ours, t.Case(2, 9000, 40, True))))
+content = b"".join(a.tobytes() for a in jax.tree.leaves(run(args, weights)))
+print(hashlib.sha256(content).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_number_of_threads_changes_no_bit():
+    here = str(Path(__file__).parent)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env={**os.environ, "NPROC": threads, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            cwd=here,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for threads in ("1", "2", "5")
+    }
+    assert len(found) == 1
+    assert len(found.pop().strip()) == 64
 
 
 def layer(x, *params, scope=Scope(), **given):
