@@ -17,6 +17,7 @@ from bnresearch.norm import Kind, Scope, Sets, kind_of
 from bnresearch.reparam import REPARAMS
 from bnresearch.sets import align_mask
 from bnresearch.sites import Choice, Rule, choose, make_choice, standard
+from bnresearch.watch import Seen, current, noted
 
 Initializer = Callable[..., Any]
 
@@ -132,7 +133,7 @@ class Norm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
             x = x + bias.astype(x.dtype)
         self._observe(x, inputs.get("mask"))
-        use = "running" if self.is_initializing() else self.use
+        use = "running" if self.is_initializing() else current().use or self.use
         context = {name: inputs.get(name) for name in INPUTS} | {
             "use": use,
             "scope": self.stats_scope,
@@ -147,10 +148,14 @@ class Norm(nn.Module):
         if fused:
             context |= {"activation": activation, "add": add}
         if kind.state is None:
-            y = norms.apply(kind, x, params, None, context, options).y
+            running, y = None, norms.apply(kind, x, params, None, context, options).y
         else:
-            y = self._with_running(kind, x, params, context, options)
-        return y if fused else activated(y, activation, add)
+            running, y = self._with_running(kind, x, params, context, options)
+        y = y if fused else activated(y, activation, add)
+        if self.is_initializing():
+            return y
+        seen_use = "" if kind.state is None else use
+        return noted(Seen("/".join(self.path), self, x, y, inputs.get("mask"), seen_use, running))
 
     def _params(
         self, kind: Kind, options: Mapping[str, Any], features: int
@@ -170,7 +175,8 @@ class Norm(nn.Module):
         params: Mapping[str, jax.Array],
         context: Mapping[str, Any],
         options: Mapping[str, Any],
-    ) -> jax.Array:
+    ) -> tuple[Any, jax.Array]:
+        """The running statistics before, and the output."""
         assert kind.state is not None
         start = kind.state(x.shape[-1], options)
         variables = {
@@ -179,14 +185,17 @@ class Norm(nn.Module):
             if value is not None
         }
         running = start._replace(**{name: v.value for name, v in variables.items()})
-        result = norms.apply(kind, x, params, running, context, options)
+        given, change = running, current().statistics
+        if context["use"] == "running" and change is not None and not self.is_initializing():
+            given = change("/".join(self.path), running, x, context["mask"])
+        result = norms.apply(kind, x, params, given, context, options)
         if context["use"] == "batch" and self.is_mutable_collection("batch_stats"):
             for name, variable in variables.items():
                 # float32 also for float64 input: what is kept must not change its type.
                 variable.value = getattr(result.running, name).astype(variable.value.dtype)
         if result.penalty is not None and self.is_mutable_collection("penalties"):
             self.put_variable("penalties", "norm", result.penalty)
-        return result.y
+        return running, result.y
 
     def _rng(self, kind: Kind) -> jax.Array | None:
         if "rng" not in kind.context:

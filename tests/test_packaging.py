@@ -18,11 +18,15 @@ LAYERS = (
     {"kind", "kinds"},
     {"norm"},
     {"sites", "handbook"},
+    {"watch"},
     {"layers", "batchnorm"},
     {"models"},
     {"state", "optim", "step", "parallel", "accumulate"},
-    {"experiment", "evaluate", "diverge"},
-    {"train", "together"},
+    {"net"},
+    # What looks inside: a model is handed to it, from a run or from anybody.
+    {"experiment", "diverge", "recalibrate", "adapt", "average", "probes"},
+    {"evaluate"},
+    {"train", "together", "doctor"},
     # A question: what is asked, what it means for configs, and what speaks against it.
     {"claims", "words"},
     {"study"},
