@@ -123,8 +123,8 @@ def of_model(
       model: it may have norms of flax, of this project, or both.
       call: how to apply it, for models that are not called ``model(x)`` with one of the switches
         train, training, is_training, deterministic, use_running_average:
-        ``lambda variables, batch, train, **rest: model.apply(variables, batch["x"], train, **rest)``
-        (``rest`` is ``rngs`` and ``mutable``).
+        ``lambda variables, batch, train, **rest: model.apply(variables, batch["x"], train,
+        **rest)``, where the rest is ``rngs`` and ``mutable``.
       losses: ``(output, batch) -> [batch]``; by default cross-entropy, where a batch has labels.
 
     Raises:
@@ -159,7 +159,7 @@ def _plain_call(model: nn.Module) -> Call:
         )
 
     def call(variables: Tree, batch: Any, *, train: bool, rngs: Any, mutable: Any) -> Any:
-        more = {} if switch is None else {switch: train == SWITCHES[switch]}
+        more: dict[str, Any] = {} if switch is None else {switch: train == SWITCHES[switch]}
         if "mask" in names and isinstance(batch, Mapping) and "mask" in batch:
             more["mask"] = batch["mask"]
         return model.apply(variables, inputs_of(batch), rngs=rngs, mutable=mutable, **more)
@@ -276,8 +276,8 @@ def _alone(module: nn.BatchNorm, x: jax.Array, running: bool, mask: Any) -> jax.
 def _normalised(
     module: nn.BatchNorm, x: jax.Array, axes: tuple[int, ...], flat: jax.Array, stats: Any
 ) -> jax.Array:
-    scale, bias = (module.get_variable("params", name, None) for name in ("scale", "bias"))
-    rows = [v if v is None else v.reshape(-1) for v in (scale, bias)]
-    y = normalise(flat.astype(jnp.float32), stats, *rows, module.epsilon)
-    dtype = dtypes.canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+    params: list[Any] = [module.get_variable("params", name, None) for name in ("scale", "bias")]
+    scale, bias = (v if v is None else v.reshape(-1) for v in params)
+    y = normalise(flat.astype(jnp.float32), stats, scale, bias, module.epsilon)
+    dtype = dtypes.canonicalize_dtype(x, *params, dtype=module.dtype)
     return features_back(y, axes, x.shape).astype(dtype)
