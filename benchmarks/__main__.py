@@ -21,6 +21,8 @@ PARTS: dict[str, str] = {
     "norms": "every kind of norm by itself",
     "start": "from the command to the first step, and what imports take",
     "checkpoint": "what a checkpoint costs",
+    "recalibration": "running statistics taken anew against forward passes",
+    "probes": "what looking inside a run costs, in training steps",
     "sweep": "100 runs against the same loop in PyTorch",
     "input": "images/s of each way to the data",
     "devices": "collectives of a BatchNorm layer on several devices",

@@ -2,8 +2,9 @@
 
 ``bnresearch.config`` has every option, ``bnresearch.train.run`` trains one config, and
 ``python -m bnresearch`` is the command line. ``bnresearch.BatchNorm`` stands in for
-flax.linen.BatchNorm; ``bnresearch.load_study`` reads a study folder into pandas frames. Nothing is
-imported before it is asked for, so that tools which only read run folders need not wait for jax.
+flax.linen.BatchNorm; ``bnresearch.recalibrate`` takes the running statistics of any flax model
+anew; ``bnresearch.load_study`` reads a study folder into pandas frames. Nothing is imported before
+it is asked for, so that tools which only read run folders need not wait for jax.
 """
 
 import importlib
@@ -11,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnresearch.batchnorm import BatchNorm
+    from bnresearch.precise import recalibrate
     from bnresearch.records import load_study
 
-__all__ = ["BatchNorm", "load_study"]
+__all__ = ["BatchNorm", "load_study", "recalibrate"]
 
-HOMES = {"BatchNorm": "bnresearch.batchnorm", "load_study": "bnresearch.records"}
+HOMES = {
+    "BatchNorm": "bnresearch.batchnorm",
+    "load_study": "bnresearch.records",
+    "recalibrate": "bnresearch.precise",
+}
 
 
 def __getattr__(name: str) -> Any:

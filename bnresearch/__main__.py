@@ -24,6 +24,7 @@ bnresearch: a laboratory for Batch Normalization in JAX.
   python -m bnresearch study configs/studies/bn_vs_none.py --scale=quick --out=runs/bn_vs_none
   python -m bnresearch report runs/bn_vs_none
   python -m bnresearch list  norms
+  python -m bnresearch doctor --workdir=runs/a
 
 {verbs}
 
@@ -65,20 +66,38 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
 def _eval_flags(argv: list[str], values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "the folder of a training run", flag_values=values)
     help_text = (
-        "statistics that normalise: running (of training) or batch (of the evaluation batch)"
+        "statistics that normalise: running (of training), batch (of the evaluation batch), "
+        "precise, blend:N, examples[:w], corrected or tent[:LR]; see `list stats` and "
+        "docs/evaluation.md; by default running, and precise for averaged weights"
     )
-    flags.DEFINE_string("stats", "running", help_text, flag_values=values)
+    flags.DEFINE_string("stats", None, help_text, flag_values=values)
     flags.DEFINE_string("split", "test", "train, validation or test", flag_values=values)
+    help_text = "training batches over which statistics are taken anew"
+    flags.DEFINE_integer("batches", 100, help_text, flag_values=values)
+    help_text = "with --stats=precise: a folder to be made, the run with these statistics"
+    flags.DEFINE_string("save", None, help_text, flag_values=values)
+    help_text = "raw, or averaged: the average that the run kept (train.average)"
+    flags.DEFINE_string("weights", "raw", help_text, flag_values=values)
+    _progress_flag(values)
 
 
 def _eval(values: flags.FlagValues, argv: list[str]) -> None:
-    """Evaluate the newest checkpoint of a run; prints one JSON object and changes nothing."""
+    """Evaluate the newest checkpoint of a run; prints one JSON object and changes nothing there."""
     from bnresearch import evaluate, train
     from bnresearch.rundir import finite
 
     _require(values, "workdir")
     train.enable_compilation_cache()
-    print(json.dumps(finite(evaluate.evaluate_run(values.workdir, values.stats, values.split))))
+    found = evaluate.evaluate_run(
+        values.workdir,
+        values.stats,
+        values.split,
+        batches=values.batches,
+        save=values.save,
+        weights=values.weights,
+        show=values.progress,
+    )
+    print(json.dumps(finite(found)))
 
 
 def _study_flags(argv: list[str], values: flags.FlagValues) -> None:
@@ -160,13 +179,44 @@ def _report(values: flags.FlagValues, argv: list[str]) -> None:
     print(f"Page: {report.write(results, out)}")
 
 
+def _doctor_flags(argv: list[str], values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "the folder of a training run", flag_values=values)
+    help_text = "where the page goes (default: doctor/ in the workdir)"
+    flags.DEFINE_string("out", None, help_text, flag_values=values)
+    help_text = "training batches to look at"
+    flags.DEFINE_integer("batches", 50, help_text, flag_values=values)
+    help_text = "on which evaluation is looked at: train, validation or test"
+    flags.DEFINE_string("split", "validation", help_text, flag_values=values)
+    help_text = "over what statistics were meant to be taken: global or device; as the config says"
+    flags.DEFINE_string("scope", "", help_text, flag_values=values)
+
+
+def _doctor(values: flags.FlagValues, argv: list[str]) -> None:
+    """Say what is wrong with the norms of a run, with evidence, and what mends it; and a page.
+
+    The newest checkpoint is looked at and nothing of the run is changed. For a flax model of your
+    own: bnresearch.doctor.diagnose(model, variables, batches)."""
+    from pathlib import Path
+
+    from bnresearch import train
+    from bnresearch.doctor.run import diagnose_run
+
+    _require(values, "workdir")
+    train.enable_compilation_cache()
+    report = diagnose_run(
+        values.workdir, batches=values.batches, split=values.split, scope=values.scope
+    )
+    print(report.table())
+    print(f"Page: {report.write(values.out or Path(values.workdir) / 'doctor')}")
+
+
 def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
     """The verb takes no flags."""
 
 
 def _list(values: flags.FlagValues, argv: list[str]) -> None:
     """List what can be chosen in a config: norms | presets | weights | models | inits | datasets |
-    tasks | optimizers | schedules | modes | stats | configs | studies."""
+    tasks | optimizers | schedules | averages | modes | stats | configs | studies."""
     what, *others = argv or [""]
     make = lookup(LISTS, what, "thing to list")
     if others:
@@ -188,13 +238,18 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("train --config=FILE --workdir=DIR [--config.a.b=v ...]", _train_flags, _train),
-    "eval": Verb("eval --workdir=DIR [--stats=running] [--split=test]", _eval_flags, _eval),
+    "eval": Verb(
+        "eval --workdir=DIR [--stats=running] [--split=test] [--weights=raw] [--save=DIR]",
+        _eval_flags,
+        _eval,
+    ),
     "study": Verb(
         "study FILE --scale=smoke|quick|full --out=DIR [--launcher=local] [--launcher.workers=N]",
         _study_flags,
         _study,
         positional=True,
     ),
+    "doctor": Verb("doctor --workdir=DIR [--out=DIR] [--split=validation]", _doctor_flags, _doctor),
     "report": Verb("report DIR [--out=DIR]", _report_flags, _report, positional=True),
     "list": Verb(f"list {' | '.join(LISTS)}", _no_flags, _list, positional=True),
 }

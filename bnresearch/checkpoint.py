@@ -334,9 +334,12 @@ def _check_same(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], folder: P
     ]
     if len(differing) > SHOWN:
         lines.append(f"  ... and {len(differing) - SHOWN} more")
+    if all(name.startswith("batch_stats/") for name in differing):
+        what = "misses running statistics of the model, or has some that are not in it"
+    else:
+        what = "is of another model or optimizer"
     raise UserError(
-        f"checkpoint {folder} is of another model or optimizer; use the config it was "
-        "trained with:\n" + "\n".join(lines)
+        f"checkpoint {folder} {what}; use the config it was trained with:\n" + "\n".join(lines)
     )
 
 

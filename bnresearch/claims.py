@@ -72,21 +72,22 @@ class Measure:
     def geometric(self) -> bool:
         """Whether means of single arms are of logarithms: of ratios, and of losses, which span
         decades."""
-        return self.log or self.metric == "loss"
+        return self.log or self.metric in ("loss", "averaged_loss")
 
 
 def _look(metric: str, split: str, given: dict[str, Any]) -> dict[str, Any]:
     """Label, unit and direction that a metric has unless a study says otherwise."""
-    looks: dict[str, Any] = {"label": f"{split} {metric}".strip()}
-    if metric == "accuracy":
+    looks: dict[str, Any] = {"label": f"{split} {metric}".replace("averaged_", "averaged ").strip()}
+    measured = metric.removeprefix("averaged_")  # of averaged weights: the same thing
+    if measured in ("accuracy", "ece"):
         looks |= {"unit": "%", "difference_unit": "points", "factor": 100.0}
-    if metric == "loss":
+    if measured in ("loss", "ece"):
         looks |= {"higher_is_better": False}
     return {"metric": metric, "split": split, **looks, **given}
 
 
 def final(metric: str, split: str = "test", **given: Any) -> Measure:
-    """The value at the end of the run. Accuracies come in percent."""
+    """The value at the end of the run. Accuracies and calibration errors come in percent."""
     return Measure(how="final", **_look(metric, split, given))
 
 

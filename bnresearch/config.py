@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bnresearch import (
     arguments,
+    average,
     config_file,
     data,
     initialise,
@@ -31,10 +32,11 @@ from bnresearch import (
 from bnresearch.conventions import momentum_message
 from bnresearch.errors import UserError, lookup, nearest
 from bnresearch.norm import NORMS
+from bnresearch.probes import options as probing
 from bnresearch.rundir import config_hash as config_hash
 
 # Part of every hash: raised when the meaning of a key or of a default changes.
-SCHEMA = 3
+SCHEMA = 4
 
 STATISTICS = ("microbatch", "batch")
 DTYPES = ("float32", "bfloat16")
@@ -47,6 +49,7 @@ CHOICES: dict[str, tuple[Mapping[str, Any], str]] = {
     "init": (initialise.INITS, "name"),
     "optim": (optim.OPTIMIZERS, "name"),
     "optim.schedule": (optim.SCHEDULES, "name"),
+    "train.average": (average.AVERAGES, "name"),
     "task": (tasks.TASKS, "name"),
 }
 OPTIONS = {**CHOICES, "data": (data.DATASETS, "name")}  # no choice: any TFDS name will do, too
@@ -87,7 +90,9 @@ def _defaults() -> dict[str, Any]:
             eval_every="1ep",
             checkpoint_every="1ep",  # or never: saved only where the run is stopped
             keep=2,  # checkpoints
+            average=average.defaults(),
         ),
+        probes=probing.defaults(),
         # devices, 0: all there are; kernels, on CPUs: auto | xla | native, see bnresearch.native
         parallel=dict(mode="jit", devices=0, kernels="auto"),
     )
@@ -217,6 +222,8 @@ def validate(config: ConfigDict) -> None:
     periods = ("duration", "log_every", "eval_every", "checkpoint_every")
     for key in periods[:-1] if config.train.checkpoint_every == NEVER else periods:
         optim.parse_duration(f"train.{key}", config.train[key], positive=True)
+    average.validate(config.train.average)
+    probing.validate(config.probes)
     optim.validate(config.optim)
     models.check_arm(config.model.name, config.norm.kind, config.norm.weights, config.init.name)
 
@@ -286,6 +293,8 @@ UNIT_INTERVAL = {
     "optim.schedule.cosine.final": True,
     "optim.schedule.step.factor": True,
     "task.classification.label_smoothing": False,
+    "train.average.ema.decay": False,
+    "train.average.swa.start": False,
 }
 
 
@@ -354,24 +363,22 @@ def unresolve(resolved: Mapping[str, Any]) -> ConfigDict:
 NUMBERS = (
     "seed",
     *norm_config.numbers(),
-    "optim.learning_rate",
-    "optim.weight_decay",
-    "optim.clip_norm",
-    "optim.agc",
+    *(f"optim.{key}" for key in ("learning_rate", "weight_decay", "clip_norm", "agc")),
     "optim.sgd.momentum",
-    "optim.adamw.b1",
-    "optim.adamw.b2",
-    "optim.adamw.eps",
+    *(f"optim.adamw.{key}" for key in ("b1", "b2", "eps")),
     "optim.lars.momentum",
     "optim.lars.trust_coefficient",
-    "optim.lamb.b1",
-    "optim.lamb.b2",
-    "optim.lamb.eps",
+    *(f"optim.lamb.{key}" for key in ("b1", "b2", "eps")),
     "task.classification.label_smoothing",
+    "train.average.ema.decay",
 )
 
 # What only the loop looks at.
-LOOP = ("train.keep", "train.log_every", "train.eval_every", "train.checkpoint_every")
+LOOP = (
+    *(f"train.{key}_every" for key in ("log", "eval", "checkpoint")),
+    *("train.keep", "train.average.batches"),
+    *(f"probes.{key}" for key in probing.defaults()),
+)
 
 
 def numbers(resolved: Mapping[str, Any]) -> dict[str, float]:

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """The input was wrong. The message says what was given, why not, and what to do (exit 2)."""
 
 
+class NotFinite(UserError):
+    """What was given leads to numbers that are not finite."""
+
+
 class InUse(UserError):
     """Another process is at this run folder now; later it will not be."""
 

@@ -16,6 +16,7 @@ from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
 from bnresearch.models import MODELS
 from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices, placed
+from bnresearch.probes import options as probing
 from bnresearch.state import INIT, State, empty_meter, stream
 from bnresearch.step import (
     build_model,
@@ -25,6 +26,7 @@ from bnresearch.step import (
     make_init,
     make_train_step,
     single,
+    site_paths,
 )
 from bnresearch.tasks import TASKS
 
@@ -75,6 +77,8 @@ class Program(NamedTuple):
     eval_steps: dict[str, Callable[..., Tree]]
     feeders: dict[str, Feeder]
     together: dict[tuple[str, int], Any]  # of together.py: what trains so many runs at once
+    statistics: dict[Any, Any]  # of precise.py: what takes running statistics anew
+    probes: dict[Any, Any]  # of probes/inside.py: what looks inside
 
 
 class Experiment(NamedTuple):
@@ -124,6 +128,7 @@ def prepare(config: ConfigDict) -> Experiment:
     }
     key = configs.program_key(resolved)
     program = _PROGRAMS.get(key) or _build(config)
+    check_probes(config, program.dataset.info.shape, program.dataset.info.num_classes)
     experiment = Experiment(config, resolved, numbers, program)
     if key not in _PROGRAMS:
         try:
@@ -151,6 +156,7 @@ def check(config: ConfigDict) -> None:
         return
     MODELS[config.model.name].check(configs.chosen(config, "model"), shape)
     check_rules(config, shape, classes)
+    check_probes(config, shape, classes)
     numbers = {
         key: jax.ShapeDtypeStruct((), jnp.int32 if key == "seed" else jnp.float32)
         for key in configs.numbers(configs.resolve(config))
@@ -160,6 +166,12 @@ def check(config: ConfigDict) -> None:
         image = jax.ShapeDtypeStruct((config.data.batch_size, *shape), jnp.float32)
         forward = _forward(config, classes)
         jax.eval_shape(forward, state.params, state.batch_stats, image, numbers)
+
+
+def check_probes(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises UserError for ``probes.sites`` that match no site."""
+    if config.probes.names and config.probes.sites != probing.EVERYWHERE:
+        probing.check_sites(config.probes, site_paths(config, shape, num_classes))
 
 
 def _build(config: ConfigDict) -> Program:
@@ -207,6 +219,8 @@ def _build(config: ConfigDict) -> Program:
         eval_steps={},
         feeders={},
         together={},
+        statistics={},
+        probes={},
     )
 
 

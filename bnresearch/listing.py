@@ -65,6 +65,12 @@ def _schedules() -> list[tuple[str, str]]:
     return [(name, f"options {dict(entry.options)}") for name, entry in SCHEDULES.items()]
 
 
+def _averages() -> list[tuple[str, str]]:
+    from bnresearch.average import AVERAGES
+
+    return [(name, summary(entry.make)) for name, entry in AVERAGES.items()]
+
+
 def _modes() -> list[tuple[str, str]]:
     from bnresearch.parallel import MODES
 
@@ -72,9 +78,15 @@ def _modes() -> list[tuple[str, str]]:
 
 
 def _stats() -> list[tuple[str, str]]:
-    from bnresearch.evaluate import STATS
+    from bnresearch.stats import STATS
 
-    return [(name, summary(make)) for name, make in STATS.items()]
+    return [(name, summary(entry.run)) for name, entry in STATS.items()]
+
+
+def _probes() -> list[tuple[str, str]]:
+    from bnresearch.probes import PROBES
+
+    return [(name, summary(probe)) for name, probe in PROBES.items()]
 
 
 def _configs() -> list[tuple[str, str]]:
@@ -99,8 +111,10 @@ LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "tasks": _tasks,
     "optimizers": _optimizers,
     "schedules": _schedules,
+    "averages": _averages,
     "modes": _modes,
     "stats": _stats,
+    "probes": _probes,
     "configs": _configs,
     "studies": _studies,
 }

@@ -1,30 +1,35 @@
-"""What a run reports: lines in metrics.jsonl, TensorBoard events, and progress for whoever watches.
+"""What a run reports: lines in metrics.jsonl and probes.jsonl, TensorBoard events, and progress for
+whoever watches.
 
 A line of metrics.jsonl is one record, flushed at once:
 
     {"step": 120, "epoch": 5.7, "split": "train", "loss": 0.41, "learning_rate": 0.1, ...}
     {"step": 120, "epoch": 5.7, "split": "validation", "loss": 0.52, "accuracy": 0.87, "count": 360}
 
-NaN and infinities are written as the strings "NaN", "Infinity" and "-Infinity", since JSON has no
-such numbers; ``read_metrics`` gives floats back. This module imports neither jax nor flax.
+A line of probes.jsonl is what a probe found at one site; there is no such file without probes:
+
+    {"step": 120, "probe": "gradients", "site": "norm2", "depth": 2, "norm": 0.031, ...}
+
+How NaN is written: see `jsonl`. This module imports neither jax nor flax.
 """
 
 import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from bnresearch.errors import UserError, lookup
-from bnresearch.rundir import finite, restored, write_text
+from bnresearch.errors import lookup
+from bnresearch.jsonl import Log, number, read, truncate
 
 FILE = "metrics.jsonl"
+PROBES = "probes.jsonl"
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 10.0  # how long TensorBoard events may wait; a flush is an fsync
 
+
+PLACE = ("step", "probe", "site", "depth")  # of a record of probes; the rest are numbers
 
 # What the records of the split "train" hold besides step and epoch.
 OF_TRAINING = ("loss", "learning_rate", "gradient_norm", "weight_norm", "images_per_second")
@@ -41,36 +46,50 @@ class Metrics:
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0, tensorboard: bool = True):
-        path = Path(workdir) / FILE
+        path, self._looked = Path(workdir) / FILE, Path(workdir) / PROBES
         resumed = path.exists()
         if resumed:
-            _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+            truncate(path, resume_step)
+        if self._looked.exists():
+            # A run that begins anew looks at step 0 again; one that goes on has that behind it.
+            truncate(self._looked, resume_step or -1)
+        self._logs = {FILE: Log(path)}
         purge_step = resume_step + 1 if resumed else None
         self._events = _Events(Path(workdir) / FOLDER, purge_step) if tensorboard else None
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Adds one record; ``values`` are numbers, also of numpy or jax if of size 1."""
-        numbers = {name: _number(value) for name, value in values.items()}
+        numbers = {name: number(value) for name, value in values.items()}
         first = {"step": int(step), **({"epoch": numbers["epoch"]} if "epoch" in numbers else {})}
-        record = first | {"split": split} | numbers
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._logs[FILE].write(first | {"split": split} | numbers)
         if self._events is not None:
             self._events.add(step, {f"{split}/{name}": value for name, value in numbers.items()})
 
+    def write_probe(self, step: int, probe: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds what a probe found: a record for each of its ``rows`` of site, depth and numbers."""
+        if PROBES not in self._logs:
+            self._logs[PROBES] = Log(self._looked)
+        shown: dict[str, float] = {}
+        for row in rows:
+            self._logs[PROBES].write({"step": int(step), "probe": probe, **row})
+            place = "/".join(["probes", probe, *([row["site"]] if row["site"] else [])])
+            shown |= {f"{place}/{name}": number(row[name]) for name in row if name not in PLACE}
+        if self._events is not None:
+            self._events.add(step, shown)
+
     def flush(self) -> None:
         """Puts everything on disk; before a checkpoint, so that no record before it is lost."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        for log in self._logs.values():
+            log.flush()
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
-        if not self._file.closed:
-            self.flush()
-            self._file.close()
-            if self._events is not None:
-                self._events.close()
+        for log in self._logs.values():
+            log.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def __enter__(self) -> "Metrics":
         return self
@@ -91,45 +110,16 @@ def read_metrics(path: str | Path, split: str | None = None) -> list[dict[str, A
       UserError: there is no such file, or a line before the last is no record.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read metrics from {path}: {error.strerror}") from error
-    records = []
-    # What follows the last newline is torn or empty.
-    for number, line in enumerate(lines[:-1], start=1):
-        record = _record(line)
-        if record is None:
-            raise UserError(f"{path}, line {number} is not a record of metrics: {line[:60]!r}")
-        records.append(record)
-    return [record for record in records if split in (None, record.get("split"))]
+    return [record for record in read(path, "metrics") if split in (None, record.get("split"))]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line as a record with floats for what JSON cannot say, or None."""
-    try:
-        record = restored(json.loads(line))
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    return record
+def read_probes(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's probes, oldest first; of the file or the run folder.
 
-
-def _truncate(path: Path, step: int) -> None:
-    """Removes the records after ``step`` and whatever is torn; atomically, and only if need be."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        record = _record(line) if line.endswith(b"\n") else None
-        if record is not None and record["step"] <= step:
-            kept.append(line)
-    if len(kept) < len(lines):
-        write_text(path, b"".join(kept).decode())
-
-
-def _number(value: Any) -> int | float | bool:
-    return value.item() if hasattr(value, "item") else value
+    Raises:
+      UserError: there is no such file, or a line before the last is no record.
+    """
+    return read(Path(path) / PROBES if Path(path).is_dir() else Path(path), "probes")
 
 
 class _Events:

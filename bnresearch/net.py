@@ -1,5 +1,6 @@
 """A model that one can look into: a run's own, or anybody's flax model, with one way to call it."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -130,27 +131,43 @@ def of_model(
     Raises:
       UserError: the model is no linen module, or cannot be called without being told how.
     """
-    if call is None:
-        call = _plain_call(model)
-    return Net(call, losses or cross_entropy)
+    return Net(call or plain_call(model), losses or cross_entropy)
 
 
-def _plain_call(model: nn.Module) -> Call:
+def plain_call(model: nn.Module) -> Call:
+    """How to call a model that takes its input and at most a switch and a mask; see `of_model`.
+    Equal models get the same function, so that what is compiled for it is found again."""
     if not isinstance(model, nn.Module):
         raise UserError(
             f"the model is a {type(model).__name__}, not a flax.linen module; give the module "
             "itself (not its class, not model.apply), or say how to call it with call="
         )
+    try:
+        return _known_call(model)
+    except TypeError:  # a field that cannot be hashed
+        return _known_call.__wrapped__(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_call(model: nn.Module) -> Call:
+    arguments = plain_arguments(model)
+
+    def call(variables: Tree, batch: Any, *, train: bool, rngs: Any, mutable: Any) -> Any:
+        x, more = arguments(batch, train)
+        return model.apply(variables, x, rngs=rngs, mutable=mutable, **more)
+
+    return call
+
+
+def plain_arguments(model: nn.Module) -> Callable[[Any, bool], tuple[Any, dict[str, Any]]]:
+    """``(batch, train) -> (input, keywords)`` of a model that takes nothing else; UserError for one
+    that does."""
     _, first, *others = inspect.signature(type(model).__call__).parameters.values()
     names = {first.name, *(p.name for p in others)}
     switch = next((name for name in SWITCHES if name in names), None)
-    unknown = [
-        p.name
-        for p in others
-        if p.default is p.empty
-        and p.name != switch
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p for p in others if p.default is p.empty and p.kind in named]
+    unknown = [p.name for p in needed if p.name not in (switch, "mask")]
     if unknown:
         raise UserError(
             f"{type(model).__name__}.__call__ needs {', '.join(unknown)} beside its input; say how "
@@ -158,13 +175,13 @@ def _plain_call(model: nn.Module) -> Call:
             "batch[...], ..., **rest)"
         )
 
-    def call(variables: Tree, batch: Any, *, train: bool, rngs: Any, mutable: Any) -> Any:
+    def arguments(batch: Any, train: bool) -> tuple[Any, dict[str, Any]]:
         more: dict[str, Any] = {} if switch is None else {switch: train == SWITCHES[switch]}
         if "mask" in names and isinstance(batch, Mapping) and "mask" in batch:
             more["mask"] = batch["mask"]
-        return model.apply(variables, inputs_of(batch), rngs=rngs, mutable=mutable, **more)
+        return inputs_of(batch), more
 
-    return call
+    return arguments
 
 
 def inputs_of(batch: Any) -> Any:
@@ -241,7 +258,9 @@ def _batch_norm(
     running = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     watch, axes = current(), feature_axes(module.axis, x.ndim)
     use = watch.use or ("running" if running else "batch")
-    flat = features_last(x, axes)
+    # As it is where that will do: who looks at it may want to know the very array.
+    plain = axes == (x.ndim - 1,) and x.ndim > 1
+    flat = x if plain else features_last(x, axes)
     flat_mask = None if mask is None else features_last(whole_mask(mask, x.shape, axes), axes)
     before = Stats(*(module.get_variable("batch_stats", n).reshape(-1) for n in ("mean", "var")))
     if use == "running" and watch.statistics is not None:
@@ -249,7 +268,7 @@ def _batch_norm(
         y = _normalised(module, x, axes, flat, stats)
     else:
         y = _alone(module, x, use == "running", mask)
-    if module.axis == -1:
+    if plain:
         return noted(Seen(path, module, flat, y, flat_mask, use, before))
     seen = Seen(path, module, flat, features_last(y, axes), flat_mask, use, before)
     return features_back(noted(seen), axes, x.shape)

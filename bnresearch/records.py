@@ -26,7 +26,7 @@ from bnresearch import measures as measuring
 from bnresearch import rundir
 from bnresearch.claims import SCHEMA, Measure, claim_from_json, measure_from_json
 from bnresearch.errors import UserError, lookup
-from bnresearch.runs import NO_CURVE, Run, read_run_or_damage
+from bnresearch.runs import LOOK, NO_CURVE, Run, read_run_or_damage
 
 if TYPE_CHECKING:
     from bnresearch.verdict import Verdict
@@ -129,6 +129,24 @@ class StudyResults:
         frame["step"] = np.concatenate([NO_CURVE[0], *(steps for _, (steps, _) in found)])
         frame["value"] = np.concatenate([NO_CURVE[1], *(values for _, (_, values) in found)])
         return frame
+
+    def probe(self, probe: str, quantity: str) -> pd.DataFrame:
+        """arm, <axes>, seed, step, site, depth, value: what a probe found in every run that kept
+        this quantity (`runs.Run.probe`)."""
+        runs = [run for run in self.records if (probe, quantity) in run.files.probes]
+        places = ["arm", *self.axes, "seed"]
+        frames = [run.probe(probe, quantity).assign(**_place(run)) for run in runs]
+        columns = [*places, *LOOK]
+        return (
+            pd.concat(frames, ignore_index=True)[columns]
+            if frames
+            else pd.DataFrame(columns=columns)
+        )
+
+    @property
+    def probes(self) -> list[tuple[str, str]]:
+        """(probe, quantity) of all that the runs kept."""
+        return list(dict.fromkeys(key for run in self.records for key in run.files.probes))
 
     @functools.cached_property
     def values(self) -> dict[str, pd.DataFrame]:

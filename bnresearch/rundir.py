@@ -4,7 +4,7 @@
     status.json     running | done | diverged | failed | stopped; step, heartbeat, what ran where
     result.json     the final metrics and the digest of the state
     lock            whose process it is; released by the kernel however that process ends
-    metrics.jsonl, tensorboard/   (metrics.py)      checkpoints/   (checkpoint.py)
+    metrics.jsonl, probes.jsonl, tensorboard/   (metrics.py)      checkpoints/   (checkpoint.py)
 
 Reports read run folders, so this module imports neither jax nor flax.
 """
@@ -26,7 +26,7 @@ from bnresearch.errors import InUse, UserError
 
 SCHEMA = 1
 STATUSES = ("running", "done", "diverged", "failed", "stopped")
-FILES = ("config.json", "status.json", "result.json", "lock", "metrics.jsonl")
+FILES = ("config.json", "status.json", "result.json", "lock", "metrics.jsonl", "probes.jsonl")
 FOLDERS = ("checkpoints", "tensorboard")
 SHOWN = 10  # how many differing keys a message lists
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

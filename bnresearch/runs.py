@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from bnresearch import rundir
 from bnresearch.errors import UserError, lookup
 from bnresearch.metrics import FILE as METRICS
-from bnresearch.metrics import read_metrics
+from bnresearch.metrics import PLACE, PROBES, read_metrics, read_probes
 
 Curve = tuple[np.ndarray, np.ndarray]
 NO_CURVE: Curve = (np.zeros(0, int), np.zeros(0))
+# The columns of what a probe found, with their types.
+LOOK = {"step": int, "site": str, "depth": int, "value": float}
 
 
 class RunFiles(NamedTuple):
@@ -29,6 +32,7 @@ class RunFiles(NamedTuple):
     result: Mapping[str, Any] = {}
     step: int = 0
     curves: Mapping[tuple[str, str], Curve] = {}
+    probes: Mapping[tuple[str, str], pd.DataFrame] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,21 @@ class Run:
         lookup(dict.fromkeys(known), metric, f"metric of split {split!r}")
         return self.files.curves[split, metric]
 
+    def probe(self, probe: str, quantity: str) -> pd.DataFrame:
+        """step, site, depth, value: what a probe found along the run, in the order it was found.
+
+        ``site`` is the path of a norm (or, without one, of a layer), "" for what is about the whole
+        net; ``depth`` counts sites in order of execution from 1. Empty where nothing was kept.
+
+        Raises:
+          UserError: the run recorded this probe, but not this quantity.
+        """
+        known = {name for found, name in self.files.probes if found == probe}
+        if not known:
+            return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in LOOK.items()})
+        lookup(dict.fromkeys(known), quantity, f"quantity of probe {probe!r}")
+        return self.files.probes[probe, quantity]
+
 
 # ---- Reading a run folder
 
@@ -149,6 +168,7 @@ def read_run(path: Path) -> RunFiles:
         result=result,
         step=last.get("step", 0),
         curves=_curves(path / METRICS) if METRICS in names else {},
+        probes=_probes(path / PROBES) if PROBES in names else {},
     )
 
 
@@ -192,3 +212,19 @@ def _curves(path: Path) -> dict[tuple[str, str], Curve]:
         }
     except (TypeError, ValueError) as error:
         raise UserError(f"{METRICS} has something else than a number: {error}") from error
+
+
+def _probes(path: Path) -> dict[tuple[str, str], pd.DataFrame]:
+    """{(probe, quantity): step, site, depth, value} of probes.jsonl."""
+    rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+    for record in read_probes(path):
+        place = [record.get(name) for name in ("step", "site", "depth")]
+        for name, value in record.items():
+            if name not in PLACE:
+                rows.setdefault((record.get("probe", ""), name), []).append((*place, value))
+    try:
+        return {
+            key: pd.DataFrame(found, columns=list(LOOK)).astype(LOOK) for key, found in rows.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{PROBES} has something else than a number: {error}") from error

@@ -19,6 +19,7 @@ class State(struct.PyTreeNode):
       batch_stats: running statistics, float32.
       opt_state: of optax.
       meter: sums since the last log line, so that a resumed run logs what an untouched one does.
+      average: of the weights (`average.start`); {} where the run keeps none.
     """
 
     step: jax.Array
@@ -26,6 +27,7 @@ class State(struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     meter: dict[str, jax.Array]
+    average: Any = struct.field(default_factory=dict)
 
 
 def empty_meter() -> dict[str, Any]:

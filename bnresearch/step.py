@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bnresearch import accumulate, norm_config, optim, sites
+from bnresearch import accumulate, average, norm_config, optim, sites
 from bnresearch.config import chosen
 from bnresearch.layers import Norm, NormMaker, site_inputs
 from bnresearch.models import MODELS
@@ -89,6 +89,7 @@ def make_init(
             batch_stats=variables.get("batch_stats", {}),
             opt_state=optimizer.init(params),
             meter=empty_meter(),
+            average=average.start(config.train.average.name, params),
         )
 
     return init
@@ -190,6 +191,8 @@ def make_train_step(
     rest of it is then of no use, and those two go back to the state before.
     """
     gradients = make_gradients(config, dataset, layout)
+    steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
+    follow = average.make_update(config.train, steps_per_epoch)
 
     def train_step(state: State, feed: Tree, numbers: Numbers) -> State:
         loss, gradient, batch_stats = gradients(state, feed, numbers)
@@ -198,9 +201,10 @@ def make_train_step(
         optimizer = optim.make_optimizer(config.optim, numbers, schedule(state.step))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         finite = jnp.isfinite(loss + gradient_norm + total(batch_stats))
+        step, params = state.step + 1, optax.apply_updates(state.params, updates)
         return State(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            step=step,
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             meter={
@@ -210,6 +214,7 @@ def make_train_step(
                 # It stays: a later step may be dispatched before anybody has looked.
                 "bad": state.meter["bad"] | ~finite,
             },
+            average=follow(state.average, params, step, numbers),
         )
 
     return train_step

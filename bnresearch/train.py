@@ -19,6 +19,7 @@ from bnresearch.checkpoint import Checkpoints, digest
 from bnresearch.config import NEVER
 from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
+from bnresearch.evaluate import with_average
 from bnresearch.experiment import (
     Experiment,
     evaluator,
@@ -28,6 +29,7 @@ from bnresearch.experiment import (
     train_feed,
 )
 from bnresearch.metrics import Metrics, check_progress, progress
+from bnresearch.probes import prober
 from bnresearch.rundir import SCHEMA, RunFolder, open_run, read_result, read_status
 from bnresearch.signals import stop_requests
 from bnresearch.state import State
@@ -159,7 +161,9 @@ class Loop:
             for name in ("log", "eval", "checkpoint")
             if experiment.config.train[f"{name}_every"] != NEVER
         }
-        self.evaluate = evaluator(experiment, "running")
+        if experiment.config.probes.names:
+            self.every["probe"] = prober.every(experiment)
+        self.evaluate = with_average(experiment, evaluator(experiment, "running"))
         self.timer = self.beat = time.monotonic()
         self.step = 0
         self.timed_from: int | None = None
@@ -170,6 +174,8 @@ class Loop:
         """From ``state`` to the last step, or until ``stop`` is set."""
         self.step = int(state.step)
         self.bar.start(self.step, self.total, self.folder.path.name)
+        if self.step == 0 and "probe" in self.every:
+            self._look_inside(state)
         while self.step < self.total:
             boundary = self.step + min(n - self.step % n for n in self.every.values())
             boundary = min(boundary, self.total)
@@ -204,6 +210,9 @@ class Loop:
             self._evaluate(state, step, "validation")
         if step == self.total:
             self._evaluate(state, step, "test")
+        if "probe" in due:
+            self._look_inside(state)
+            self.timer, self.timed_from = time.monotonic(), step
         # Last, so that no record up to a checkpoint is ever missing or written twice.
         if "checkpoint" in due:
             self.metrics.flush()
@@ -235,6 +244,10 @@ class Loop:
         self.latest[split] = self.evaluate(state, split)
         self._write(step, split, self.latest[split])
         self.timer, self.timed_from = time.monotonic(), step
+
+    def _look_inside(self, state: State) -> None:
+        for name, rows in prober.look(self.experiment, state):
+            self.metrics.write_probe(self.step, name, rows)
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:
         epoch = {"epoch": round(step / self.program.steps_per_epoch, 4)}

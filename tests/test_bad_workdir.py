@@ -34,7 +34,7 @@ FLAGS = [
     (("eval", "--workdir=empty"), ("empty is not a run folder", "config.json")),
     (("eval", "--workdir=notes.txt"), ("notes.txt is not a run folder",)),
     (("eval", "--workdir=run"), ("run has no checkpoint", "bnresearch train")),
-    (("eval", "--workdir=run", "--stats=median"), ("--stats 'median'", "batch, running")),
+    (("eval", "--workdir=run", "--stats=median"), ("--stats 'median'", "batch, blend, corrected")),
     (("eval", "--workdir=run", "--split=dev"), ("--split 'dev'", "test, train, validation")),
     (("eval", "--workdir=run", "--config.seed=1"), ("--config.seed", "--help")),
     (("eval", "--workdir=old"), ("schema 0", "status.json")),

@@ -13,9 +13,11 @@ import pytest
 from bnresearch import __main__ as cli
 from bnresearch import config as configs
 from bnresearch import initialise, models, norm, optim, parallel, reparam, tasks
+from bnresearch.average import AVERAGES
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.data import DATASETS
 from bnresearch.evaluate import STATS
+from bnresearch.probes import PROBES
 from bnresearch.experiment import initial_state, prepare
 from bnresearch.train import run
 
@@ -31,8 +33,10 @@ TABLES = {
     "tasks": tasks.TASKS,
     "optimizers": optim.OPTIMIZERS,
     "schedules": optim.SCHEDULES,
+    "averages": AVERAGES,
     "modes": parallel.MODES,
     "stats": STATS,
+    "probes": PROBES,
 }
 SHORT = (
     "parallel.devices=1",

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnresearch import average, initialise, models, norm_config, optim
 from bnresearch import config as configs
-from bnresearch import initialise, models, norm_config, optim
 from bnresearch.errors import UserError
 from bnresearch.experiment import initial_state, prepare, train_feed
 from bnresearch.norm import NORMS
@@ -28,6 +28,7 @@ CHOICES = [
     *(f"init.name={name}" for name in initialise.INITS),
     *(f"optim.name={name}" for name in optim.OPTIMIZERS),
     *(f"optim.schedule.name={name}" for name in optim.SCHEDULES),
+    *(f"train.average.name={name}" for name in average.AVERAGES),
 ]
 
 
@@ -125,7 +126,7 @@ def test_every_default_is_in_the_resolved_form_of_some_choice():
 
 def test_a_run_of_another_schema_or_with_lost_keys_is_refused():
     resolved = configs.resolve(configs.default_config())
-    with pytest.raises(UserError, match=r"schema 0, the program has 3; use the version"):
+    with pytest.raises(UserError, match=r"schema 0, the program has 4; use the version"):
         configs.unresolve(resolved | {"schema": 0})
     with pytest.raises(UserError, match=r"unknown config key 'optim.momentum'; did you mean"):
         configs.unresolve(with_value(resolved, "optim.momentum", 0.9))

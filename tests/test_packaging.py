@@ -21,12 +21,13 @@ LAYERS = (
     {"watch"},
     {"layers", "batchnorm"},
     {"models"},
-    {"state", "optim", "step", "parallel", "accumulate"},
+    {"state", "optim", "average", "step", "parallel", "accumulate"},
     {"net"},
+    {"fit", "pooled"},
     # What looks inside: a model is handed to it, from a run or from anybody.
-    {"experiment", "diverge", "recalibrate", "adapt", "average", "probes"},
-    {"evaluate"},
-    {"train", "together", "doctor"},
+    {"experiment", "diverge", "precise", "run_statistics", "adapt", "probes"},
+    {"stats", "evaluate"},
+    {"train", "together"},
     # A question: what is asked, what it means for configs, and what speaks against it.
     {"claims", "words"},
     {"study"},
@@ -39,7 +40,7 @@ LAYERS = (
     {"records"},
     {"report"},
     # From the one to the other.
-    {"lab"},
+    {"lab", "doctor"},
     {"__main__"},
 )
 
@@ -56,6 +57,7 @@ FORBIDDEN = {
     "rundir": ("jax", "flax"),
     "provenance": ("jax", "flax"),
     "metrics": ("jax", "flax"),
+    "jsonl": ("jax", "flax"),
     "errors": ("bnresearch",),
 }
 
@@ -104,7 +106,7 @@ def test_imports_go_one_way(path):
 
 def test_what_reads_run_folders_loads_neither_jax_nor_models():
     """Neither does what hands out runs: a worker takes its core before jax looks for devices."""
-    light = (*READERS, "rundir", "metrics", "sweep", "sweep.worker")
+    light = (*READERS, "rundir", "jsonl", "metrics", "sweep", "sweep.worker")
     heavy = ("jax", "flax", "optax", "orbax", "bnresearch.models")
     code = f"""
 import importlib, sys

@@ -76,9 +76,9 @@ NUMBERS = (
     ("seed=3", "optim.learning_rate=0.2", "optim.sgd.momentum=0.1"),
 )
 KINDS = {
-    "batch": ("norm.batch.decay=0.7",),
+    "batch": ("norm.batch.decay=0.7", "train.average.name=swa", "train.average.batches=3"),
     "group": ("norm.group.groups=2",),
-    "none": (),
+    "none": ("train.average.name=ema", "train.average.ema.decay=0.5"),
     "ghost": ("norm.ghost.size=15",),
 }
 

@@ -40,7 +40,7 @@ def test_a_site_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     def full(*args, **content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnresearch.report.site._render", full)
+    monkeypatch.setattr("bnresearch.report.site.render", full)
     with pytest.raises(UserError, match="cannot write the report .*No space left on device"):
         site(tmp_path)
     assert front.read_text() == before

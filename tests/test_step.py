@@ -50,6 +50,35 @@ def test_metrics_count_every_unmasked_example_once():
     assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_the_calibration_error_is_that_of_the_whole_split_however_it_is_cut():
+    """Guo et al. 2017, bin by bin, in float64; sums of batches, padded ones among them."""
+    rng = np.random.default_rng(2)
+    logits = np.float32(rng.normal(size=(200, 4)) * 3)
+    label = np.where(rng.random(200) < 0.5, logits.argmax(1), rng.integers(0, 4, 200))
+    p = softmax(logits.astype(np.float64))
+    confidence, correct = p.max(1), p.argmax(1) == label
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (low < confidence) & (confidence <= low + 1 / 15)
+        if inside.any():
+            gap = abs(correct[inside].mean() - confidence[inside].mean())
+            expected += inside.mean() * gap
+    found = {}
+    for size in (200, 64):
+        batches = []
+        for start in range(0, 200, size):
+            rows = np.arange(start, start + size)
+            batch = {"label": jnp.asarray(label[rows % 200]), "mask": jnp.asarray(rows < 200)}
+            batches.append(Classification.sums(jnp.asarray(logits[rows % 200]), batch))
+        sums = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(batches))
+        found[size] = Classification.metrics(sums)["ece"]
+    assert expected > 0.05
+    assert found == {size: pytest.approx(expected, rel=1e-5) for size in found}
+    sure = {"label": jnp.array([0, 1, 0, 1]), "mask": jnp.ones(4, bool)}
+    sums = Classification.sums(jnp.array([[1e3, 0.0]] * 4), sure)
+    assert Classification.metrics(jax.device_get(sums))["ece"] == 0.5
+
+
 def after_three_steps(*overrides):
     config = configs.load(
         DIGITS, ["parallel.devices=1", "model.name=resnet", *MODELS["resnet"], *overrides]

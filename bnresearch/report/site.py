@@ -24,7 +24,7 @@ from bnresearch.claims import measure_from_json
 from bnresearch.errors import UserError
 from bnresearch.records import StudyResults
 from bnresearch.report import page
-from bnresearch.report.pictures import curves, effects, measured, paper, screen
+from bnresearch.report.pictures import curves, effects, inside, measured, paper, screen
 from bnresearch.report.pictures.design import Design, file_name
 from bnresearch.report.pictures.marks import Picture
 
@@ -103,8 +103,8 @@ def _site(results: Sequence[StudyResults], site: Path) -> None:
     assets.mkdir()
     (assets / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     for name in ASSETS:
-        (assets / name).write_text(_source(name), encoding="utf-8")
-    _render(site / "index.html", "front.html", studies=fronts)
+        (assets / name).write_text(source(name), encoding="utf-8")
+    render(site / "index.html", "front.html", studies=fronts)
     content = {"schema": 1, "studies": dict(zip(slugs, map(_verdicts, results), strict=True))}
     rundir.write_json(site / MARK, content)
 
@@ -147,7 +147,7 @@ def _study(folder: Path, about: Mapping[str, Any]) -> None:
     runs = page.run_table(results, design)
     _write_data(folder / "data.js", found, runs)
     _copy_configs(results, folder / "configs")
-    _render(
+    render(
         folder / "index.html",
         "study.html",
         **about,
@@ -187,6 +187,9 @@ def _sections(
     shown = list(_curves(results, design))
     if shown:
         yield Section("curves", "Learning curves", shown)
+    shown = list(_inside(results, design))
+    if shown:
+        yield Section("inside", "Inside the layers", shown)
 
 
 def _tuning(results: StudyResults, design: Design) -> Iterator[Picture]:
@@ -204,13 +207,29 @@ def _tuning(results: StudyResults, design: Design) -> Iterator[Picture]:
 
 
 def _curves(results: StudyResults, design: Design) -> Iterator[Picture]:
-    status = results.runs[["arm", *results.axes, "seed", "status"]]
     for split, metric in _recorded(results):
-        frame = results.curves(split, metric).merge(status, how="left")
-        frame["done"] = frame.pop("status") == "done"
+        frame = _with_done(results, results.curves(split, metric))
         picture = curves.curves(design, frame, split, metric)
         if picture is not None:
             yield picture
+
+
+def _with_done(results: StudyResults, frame: pd.DataFrame) -> pd.DataFrame:
+    """With the column ``done``: whether the run came to its end."""
+    status = results.runs[["arm", *results.axes, "seed", "status"]]
+    frame = frame.merge(status, how="left")
+    return frame.assign(done=frame.pop("status") == "done")
+
+
+def _inside(results: StudyResults, design: Design) -> Iterator[Picture]:
+    """What the probes of the runs found."""
+    for name in dict.fromkeys(probe for probe, _ in results.probes):
+        frames = {
+            quantity: _with_done(results, results.probe(name, quantity))
+            for probe, quantity in results.probes
+            if probe == name
+        }
+        yield from inside.inside(design, name, frames)
 
 
 def _recorded(results: StudyResults) -> list[tuple[str, str]]:
@@ -265,6 +284,10 @@ def _tables(
         frame = results.curves(split, metric)
         about = f"{split} {metric} along training"
         found.append((f"curves_{file_name(split, metric)}", about, frame))
+    for probe, quantity in results.probes:
+        about = f"{quantity} of the probe {probe}, every site and seed"
+        file = f"inside_{file_name(probe, quantity)}"
+        found.append((file, about, results.probe(probe, quantity)))
     for name, _, frame in found:
         frame.to_csv(folder / f"{name}.csv", index=False)
     return [(f"{name}.csv", about) for name, about, _ in found]
@@ -291,11 +314,11 @@ def _same_rate(results: StudyResults) -> pd.DataFrame:
 # ---- Templates
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
     return (Path(__file__).parent.parent / "templates" / name).read_text(encoding="utf-8")
 
 
-def _render(path: Path, template: str, **content: Any) -> None:
+def render(path: Path, template: str, **content: Any) -> None:
     loader = jinja2.PackageLoader("bnresearch", "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True

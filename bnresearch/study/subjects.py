@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from bnresearch import average, config_file, norm_config
 from bnresearch import config as configs
-from bnresearch import config_file, norm_config
 from bnresearch.errors import UserError, lookup
 from bnresearch.metrics import OF_TRAINING
 from bnresearch.parallel import parse_scope
@@ -112,7 +112,11 @@ class Training:
         return ""
 
     def metrics(self, settled: Settled, split: str) -> Sequence[str] | None:
-        return OF_TRAINING if split == "train" else TASKS[settled.resolved["task"]["name"]].METRICS
+        if split == "train":
+            return OF_TRAINING
+        known = TASKS[settled.resolved["task"]["name"]].METRICS
+        averages = settled.resolved["train"]["average"]["name"] != "none"
+        return (*known, *average.metrics(known).values()) if averages else known
 
 
 def _like(typical: Any, value: Any) -> Any:

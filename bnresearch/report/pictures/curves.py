@@ -36,14 +36,14 @@ def curves(
         return None
     percent, log = metric == "accuracy", metric == "loss"
     measure = {"label": f"{split} {metric}", "unit": "%" if percent else "", "metric": metric}
-    frame = _thinned(frame.assign(value=frame["value"] * (100 if percent else 1)))
+    frame = thinned(frame.assign(value=frame["value"] * (100 if percent else 1)))
     free = [one for one in design.varied(frame) if one != design.tuned]
     parts, left_out = _curve_panels(design, frame, free)
     shown, cut = _in_sight(frame, log)
     y = axis(axis_label(measure), [shown], "log" if log else "linear", percent)
     x = axis("step", [frame["step"]])
     panels = tuple(
-        Panel(title, x, y, tuple(_curves(design, measure, part, log))) for title, part in parts
+        Panel(title, x, y, tuple(lines(design, measure, part, log))) for title, part in parts
     )
     caption = (
         "Thin lines are single seeds, as far as they came; thick lines are means with 95 % "
@@ -86,9 +86,10 @@ def _curve_panels(
     return parts, left_out
 
 
-def _curves(
+def lines(
     design: Design, measure: Mapping[str, Any], frame: pd.DataFrame, log: bool
 ) -> Iterator[Mark]:
+    """Every seed and the means of every arm; ``measure`` has the unit."""
     means = means_of(frame[frame["done"]], ["arm", "step"], log)
     arms = [arm for arm in design.keys if arm in set(frame["arm"])]
     for arm in arms:
@@ -115,7 +116,7 @@ def _curves(
             yield Mean(arm, key.look, step, middle, low, high, texts, "band")
 
 
-def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
+def thinned(frame: pd.DataFrame) -> pd.DataFrame:
     """At most so many steps, evenly chosen, the last one among them."""
     steps = np.sort(frame["step"].unique())
     if len(steps) <= CURVE_POINTS:
