@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "test${COMPARE:+,compare,cpu}"
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy
 # Each process has eight fake devices and compiles for itself: more than four are not worth their memory.
-exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 "$@" </dev/null
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup "$@" </dev/null

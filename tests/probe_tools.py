@@ -103,3 +103,17 @@ def updated(case):
         return w - case.rate * (MOMENTUM * v + decayed)
 
     return jax.tree_util.tree_map_with_path(move, case.params, gradient, case.trace)
+
+
+def check(found, probe, sites, keepers):
+    """A probe found finite numbers, at the sites where it has something to find."""
+    where = {
+        "staleness": keepers,
+        "fluctuation": keepers,
+        "covariate_shift": [*sites[1:], "head"],
+        "landscape": [],
+        "hessian": [],
+    }
+    assert [site for site in found if site] == where.get(probe, sites)
+    assert all(values for values in found.values())
+    assert np.isfinite([value for values in found.values() for value in values.values()]).all()

@@ -17,8 +17,8 @@ from bnresearch.average import AVERAGES
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.data import DATASETS
 from bnresearch.evaluate import STATS
-from bnresearch.probes import PROBES
 from bnresearch.experiment import initial_state, prepare
+from bnresearch.probes import PROBES
 from bnresearch.train import run
 
 ROOT = Path(__file__).parent.parent

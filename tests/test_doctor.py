@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -53,7 +54,7 @@ def test_the_weight_of_the_start_is_the_decay_to_the_number_of_updates(decay, up
 
 def test_statistics_of_other_weights_are_no_young_ones():
     mean, var = RNG.normal(size=FEATURES), RNG.uniform(0.5, 3, FEATURES)
-    stale = Kept(RNG.normal(size=FEATURES), RNG.uniform(0.5, 3, FEATURES))
+    stale = Kept(1 + RNG.normal(size=FEATURES), RNG.uniform(0.5, 3, FEATURES))
     assert not statistics.is_young(site(stale, mean, var))
     assert statistics.deviates(site(stale, mean, var))
 
@@ -151,19 +152,17 @@ def test_padding_is_seen_where_sequences_end_in_zeros():
 
 def test_parts_of_a_batch_fit_variances_within_them():
     x = RNG.normal(size=(40, 64, FEATURES))
-    one = site(count=64, batches=40)
-    one.look |= {"mean": x.mean(1), "var": x.var(1)}
-    for parts in scope.PARTS:
-        cut = x.reshape(40, parts, -1, FEATURES)
-        one.look[f"within{parts}"] = cut.var(2).mean(1)
+
+    def within(parts):
+        return x.reshape(40, parts, -1, FEATURES).var(2).mean((0, 1))
 
     def fit(var):
-        one.running = Kept(np.zeros(FEATURES), var)
-        holder = type("Examined", (), {"keepers": [one]})
-        return scope.parts_that_fit(holder)[0]
+        one = site((np.zeros(FEATURES), var))
+        parts = {number: {"norm": within(number)} for number in (1, 2, 4, 8)}
+        return scope.parts_that_fit(SimpleNamespace(keepers=[one], parts=parts))[0]
 
     assert fit(x.reshape(-1, FEATURES).var(0)) == 1
-    assert fit(one.look["within8"].mean(0)) == 8
+    assert fit(x.reshape(40, 8, 8, FEATURES)[::2].var(2).mean((0, 1))) == 8
 
 
 # ---- The table, the page, the verb

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from doctor_faults import freezing
+from doctor_faults_model import freezing
 from doctor_zoo import FAMILIES, MLP, Encoder, ResNet, compiled_for, family, trained
 
 from bnresearch import doctor

@@ -6,7 +6,8 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from run_tools import DIGITS, After, metrics, train
+from probe_tools import check
+from run_tools import DIGITS, ROOT, After, metrics, train
 
 from bnresearch import config as configs
 from bnresearch import experiment as experiments
@@ -200,6 +201,52 @@ def test_a_member_of_a_population_is_looked_at_by_itself(compiled):
     assert experiment.members == 2
     assert found[0] == found[1]
     assert compiled == []
+
+
+# ---- Residual nets
+
+RESNET = ("parallel.devices=1", "model.resnet.width=0.25", "data.batch_size=12")
+KINDS = ("norm.rules=('stage1/.* -> none','stage2/.* -> group groups=2')", "probes.batches=2")
+
+
+def a_resnet(*overrides):
+    """Its experiment, and a state of ones, which takes no compilation."""
+    path = ROOT / "configs" / "digits_resnet.py"
+    experiment = prepare(configs.load(path, (*RESNET, *overrides)))
+    state = jax.eval_shape(experiment.program.init, experiment.numbers)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), state)
+    return experiment, ones.replace(step=np.int32(0))
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A net with no norm, group norm and batch norm in its stages."""
+    experiment, _ = a_resnet(*KINDS)
+    return Inside(experiment, initial_state(experiment))
+
+
+# The Hessian is about no site, and takes ten seconds to compile.
+@pytest.mark.parametrize("probe", [name for name in PROBES if name != "hessian"])
+def test_every_probe_finds_finite_numbers_at_the_sites_of_a_resnet(probe, resnet):
+    sites = [f"stage{i}/block1/norm{j}" for i in (1, 2, 3) for j in (1, 2)]
+    assert resnet.sites == ["stem/norm1", *sites]
+    check(PROBES[probe](resnet), probe, resnet.sites, ["stem/norm1", *sites[4:]])
+
+
+def test_layers_are_found_where_blocks_branch():
+    """In v2 a shortcut is a layer without a site, and the first norm of a block reads a sum. The
+    parameters of a split norm have two axes, and are no weights."""
+    branching = ("model.resnet.version=v2", "model.resnet.shortcut=projection")
+    found = Inside(*a_resnet(*branching, "norm.kind=split")).structure
+    blocks = [("norm1", "norm2"), *[("norm1", "conv_shortcut", "norm2")] * 2]
+    layers = [f"stage{i}/block1/{name}" for i, names in enumerate(blocks, 1) for name in names]
+    assert found.layers == (*layers, "norm", "head")
+    assert found.weights == {
+        "stage1/block1/norm1": "stem/conv1/kernel",
+        **{f"stage{i}/block1/norm2": f"stage{i}/block1/conv1/kernel" for i in (1, 2, 3)},
+    }
+    depths = [found.depths[f"stage2/block1/{n}"] for n in ("norm1", "conv_shortcut", "norm2")]
+    assert depths == [3, 4, 4]
 
 
 # ---- Bad input

@@ -16,6 +16,7 @@ from probe_tools import (
     MOMENTUM,
     OVERRIDES,
     STEP,
+    check,
     forward,
     gradient_of,
     inputs,
@@ -24,7 +25,7 @@ from probe_tools import (
     updated,
     value_and_gradient,
 )
-from run_tools import DIGITS
+from run_tools import DIGITS, ROOT
 
 from bnresearch import averages, net, norm
 from bnresearch import config as configs
@@ -345,43 +346,15 @@ def batch_at(view: View):
 
 # ---- The contract
 
-RESNET = (
-    "parallel.devices=1",
-    "model.resnet.width=0.25",
-    "data.batch_size=12",
-    "norm.rules=('stage1/.* -> none','stage2/.* -> group groups=2')",
-    "probes.batches=2",
-)
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    """A net with no norm, group norm and batch norm in its stages."""
-    experiment = prepare(configs.load("configs/digits_resnet.py", RESNET))
-    return Inside(experiment, initial_state(experiment))
-
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_every_probe_finds_finite_numbers_at_the_sites_of_an_mlp(probe, case):
     check(PROBES[probe](case.inside), probe, ["norm1", "norm2"], ["norm1", "norm2"])
 
 
-# The Hessian is about no site, and takes ten seconds to compile.
-@pytest.mark.parametrize("probe", [name for name in PROBES if name != "hessian"])
-def test_every_probe_finds_finite_numbers_at_the_sites_of_a_resnet(probe, resnet):
-    sites = [f"stage{i}/block1/norm{j}" for i in (1, 2, 3) for j in (1, 2)]
-    assert resnet.sites == ["stem/norm1", *sites]
-    check(PROBES[probe](resnet), probe, resnet.sites, ["stem/norm1", *sites[4:]])
-
-
-def check(found, probe, sites, keepers):
-    where = {
-        "staleness": keepers,
-        "fluctuation": keepers,
-        "covariate_shift": [*sites[1:], "head"],
-        "landscape": [],
-        "hessian": [],
-    }
-    assert [site for site in found if site] == where.get(probe, sites)
-    assert all(values for values in found.values())
-    assert np.isfinite([value for values in found.values() for value in values.values()]).all()
+def test_the_page_names_every_probe_and_quantity(case):
+    page = (ROOT / "docs" / "probes.md").read_text()
+    for probe, function in PROBES.items():
+        names = {name for values in function(case.inside).values() for name in values}
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{probe}` |"))
+        assert all(f"`{name}`" in row for name in names), probe

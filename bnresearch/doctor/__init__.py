@@ -146,6 +146,7 @@ def examined_report(
         for name, check in CHECKS.items()
         for found in check(examined)
     ]
+    findings = _with_causes(findings)
     findings.sort(key=lambda found: SEVERITIES.index(found.severity))
     return Report(findings, examined, about)
 
@@ -176,6 +177,20 @@ def take(batches: Iterable[Any], count: int | None, allow_fewer: bool, most: int
 def _outline(batch: Any) -> Any:
     leaves, tree = jax.tree.flatten(batch)
     return tree, [np.shape(leaf)[1:] for leaf in leaves]
+
+
+def _with_causes(findings: Sequence[Finding]) -> list[Finding]:
+    """A bad evaluation becomes a note where something else that was found explains it."""
+    known = [f.check for f in findings if f.check in CAUSES and f.severity == "serious"]
+    if not known:
+        return list(findings)
+    reason = f" It follows from: {', '.join(dict.fromkeys(known))}."
+    return [
+        f._replace(severity="note", evidence=f.evidence + reason)
+        if f.check == "evaluation_gap"
+        else f
+        for f in findings
+    ]
 
 
 def _check_sites(seen: Structure, frozen: Sequence[str]) -> None:
@@ -258,6 +273,12 @@ def treatment_of(optimizer: optax.GradientTransformation, params: Tree) -> Treat
         else frozenset(),
     )
 
+
+# What makes running statistics wrong for evaluation, and so explains a gap.
+CAUSES = (
+    *("not_finite", "broken", "never_updated", "young", "slow", "decay_swapped", "half_precision"),
+    *("scope", "cancellation", "dropout_before", "padding", "wrong_use", "non_iid"),
+)
 
 CHECKS: dict[str, Check] = {
     "not_finite": sites.not_finite,

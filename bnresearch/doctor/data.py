@@ -9,13 +9,13 @@ from bnresearch.doctor.examine import Examination, Site, pooled
 from bnresearch.doctor.finding import Finding
 
 MORE_THAN_CHANCE = 3.0  # times the spread of batch means that chance gives
-CONTRAST = 0.5  # share of the entropy of all labels that a batch has at least
+CONTRAST = 0.5  # share of the entropy of random labels that those of a batch have at least
 SHIFTED, STRETCHED = 0.25, 0.4  # standard deviations; |log| of a variance ratio
 
 
 def _first(examined: Examination) -> Site | None:
     """The first site in the order of execution: no other norm has hidden anything from it."""
-    return next((site for site in examined.sites.values() if site.look), None)
+    return next((site for site in examined.sites.values() if "between" in site.look), None)
 
 
 def spread_ratio(site: Site, size: int) -> float:
@@ -43,14 +43,9 @@ def non_iid(examined: Examination) -> Iterator[Finding]:
     ordered = share is not None and share < CONTRAST
     if ratio < MORE_THAN_CHANCE and not ordered:
         return
-    labels = (
-        ""
-        if share is None
-        else (
-            f"; a batch has {share:.0%} of the entropy of all labels, where random ones would "
-            "have nearly all"
-        )
-    )
+    labels = ""
+    if share is not None:
+        labels = f"; the labels of a batch have {share:.0%} of the entropy of random ones"
     yield Finding(
         "non_iid",
         "serious",
@@ -64,12 +59,14 @@ def non_iid(examined: Examination) -> Iterator[Finding]:
 
 
 def _label_share(examined: Examination) -> float | None:
-    """Mean entropy of the labels of a batch over that of all labels; None without labels."""
+    """Mean entropy of the labels of a batch, over what it is with all labels shuffled; None without
+    labels, or where there is but one."""
     labels = examined.labels
     if labels is None or len(labels) < 2:
         return None
-    whole = _entropy(labels.reshape(-1))
-    return float(np.mean([_entropy(row) for row in labels])) / whole if whole > 0 else None
+    shuffled = np.random.RandomState(0).permutation(labels.reshape(-1)).reshape(labels.shape)
+    seen, chance = (np.mean([_entropy(row) for row in rows]) for rows in (labels, shuffled))
+    return float(seen / chance) if chance > 0 else None
 
 
 def _entropy(labels: np.ndarray) -> float:

@@ -104,6 +104,8 @@ class Examination:
       batches: how many training batches were looked at, and their size.
       losses: of each evaluation example, with "running" and with "precise" statistics, and of each
         training example with those of its "batch"; empty where the loss is unknown.
+      parts: {into how many parts batches were cut: {path: variance within them}}, if running
+        variances are smaller than those of batches.
       blame: {path: share of the damage}, filled where evaluation is worse with running statistics.
       treatment: what the optimizer does; None where nobody said.
       inputs: mean and standard deviation of the model's input, per last axis, by split.
@@ -137,6 +139,7 @@ class Examination:
     declared: str
     sets: int
     apart_evaluation: bool
+    parts: dict[int, dict[str, Array]] = field(default_factory=dict)
     blame: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -176,7 +179,9 @@ def examine(
     nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), structure.outputs)
     for index, (batch, pad) in enumerate(zip(batches, padding, strict=True)):
         looks.append(passes.look(net, variables, batch, pad, nothing))
-        trains.append(passes.train(net, variables, batch, np.uint32(index)))
+        trains.append(
+            passes.train(net, variables, batch, np.uint32(index), bool(structure.dropouts))
+        )
     looks, trains = jax.device_get((looks, trains))
     sites = _sites(structure, variables, looks, trains)
     examined = Examination(
@@ -200,6 +205,7 @@ def examine(
         sets=sets,
         apart_evaluation=eval_batches is not None,
     )
+    examined.parts = _in_parts(examined, batches)
     _evaluate(examined, looks, batches if eval_batches is None else eval_batches)
     return examined
 
@@ -305,6 +311,31 @@ def _labels(batches: Sequence[Any]) -> Array | None:
         return None
     found = np.stack([np.asarray(y) for y in labels])
     return found if np.issubdtype(found.dtype, np.integer) else None
+
+
+PARTS = (2, 4, 8)  # of a batch, as devices would hold them
+SMALLER = 0.015  # mean |log| by which running variances have to be below those of batches
+
+
+def _in_parts(examined: Examination, batches: Sequence[Any]) -> dict[int, dict[str, Array]]:
+    """The variances at each site with batches whole, and cut into so many parts; {} where running
+    variances are not smaller than those of batches, so that there is nothing to explain."""
+    keepers = [site for site in examined.keepers if not site.made.frozen]
+    whole = {site.path: site.look["var"].mean(0) for site in keepers}
+    logs = [
+        np.log(np.maximum(site.running.var, 1e-30) / np.maximum(whole[site.path], 1e-30))
+        for site in keepers
+        if site.running is not None and np.isfinite(site.running.var).all()
+    ]
+    if not logs or np.concatenate(logs).mean() > -SMALLER:
+        return {}
+    found = {1: whole}
+    for parts in PARTS:
+        if examined.size % parts == 0 and examined.size > parts:
+            args = examined.net, examined.variables
+            each = jax.device_get([passes.within(*args, batch, parts) for batch in batches])
+            found[parts] = {path: np.mean([one[path] for one in each], axis=0) for path in whole}
+    return found
 
 
 # ---- Evaluation with running and with precise statistics

@@ -6,21 +6,23 @@ evaluation with whatever running statistics it is handed. All moments are float3
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bnresearch.doctor.structure import how_made
+from bnresearch.experiment import CPU_INIT
+from bnresearch.moments import moments
 from bnresearch.net import Net
 from bnresearch.pooled import set_moments
-from bnresearch.sets import align_mask
+from bnresearch.sets import Scope, Sets, align_mask, masked_mean
 from bnresearch.watch import PERTURBATIONS, SEEN, Seen, Watch
 
 Tree = Any
 
-PARTS = (2, 4, 8)  # equal parts of a batch, as devices would hold them
 DROPPED = "dropped"  # the variable in SEEN that a dropout leaves
 
 
@@ -42,39 +44,45 @@ class Pass(NamedTuple):
     dropped: Mapping[str, Any] = {}
 
 
+def _compiled(*static: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """jit with these static arguments. A pass runs a few dozen times: on a CPU, compiling it as
+    if it ran for days would take most of the doctor's time."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.cache
+        def made() -> Callable[..., Any]:
+            options = CPU_INIT if jax.default_backend() == "cpu" else None
+            return jax.jit(function, static_argnums=static, compiler_options=options)
+
+        return functools.wraps(function)(lambda *args: made()(*args))
+
+    return wrap
+
+
 def input_moments(x: jax.Array, mask: Any) -> dict[str, jax.Array]:
     """Count, mean and biased variance of each feature, ``[features]``."""
     return dict(zip(("mean", "var", "count"), set_moments(x, mask), strict=True))
 
 
-def _looked_at(seen: Seen, padding: Any) -> dict[str, jax.Array]:
-    """Of one site in ``look``: the moments of its input, and what suspicions are tested with."""
-    x = seen.x.astype(jnp.float32)
+def _looked_at(seen: Seen, padding: Any, first: bool) -> dict[str, jax.Array]:
+    """Of one site in ``look``: the moments of its input, and what suspicions of this site are
+    tested with; of the ``first`` one also the variance between the means of single examples."""
+    x, made = seen.x.astype(jnp.float32), how_made(seen)
+    axes = tuple(range(x.ndim - 1))
     found = input_moments(x, seen.mask)
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    if seen.mask is None:
-        own = rows.mean(1)
-    else:
-        mask = jnp.broadcast_to(align_mask(seen.mask, x.shape), x.shape).reshape(rows.shape)
-        own = jnp.where(mask, rows, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
-    found["between"] = own.var(0)  # of the means of single examples
-    raw = seen.x.reshape(-1, x.shape[-1])  # in its own dtype, as a fast algorithm takes it
-    square = jnp.square(raw.astype(jnp.float32)).mean(0)
-    found["fast"] = jnp.maximum(square - jnp.square(raw.astype(jnp.float32).mean(0)), 0)
-    found["low"] = raw.var(0).astype(jnp.float32)
-    for parts in PARTS:
-        if (
-            seen.mask is None
-            and x.shape[0] % parts == 0
-            and rows[0, :, 0].size * x.shape[0] > parts
-        ):
-            cut = x.reshape(parts, -1, x.shape[-1])
-            found[f"within{parts}"] = cut.var(1).mean(0)
+    if made.fast:
+        mask = None if seen.mask is None else align_mask(seen.mask, x.shape)
+        mean, square = (masked_mean(value, axes, mask) for value in (x, jnp.square(x)))
+        found["fast"] = jnp.maximum(square - jnp.square(mean), 0).reshape(-1)
+    if made.low:
+        found["low"] = seen.x.var(axes).astype(jnp.float32)
     if padding is not None and seen.mask is None and x.shape[: padding.ndim] == padding.shape:
         found |= {f"unpadded_{k}": v for k, v in input_moments(x, padding).items()}
-    found["constant"] = (seen.y.reshape(-1, x.shape[-1]) == seen.y.reshape(-1, x.shape[-1])[0]).all(
-        0
-    )
+    rows = seen.y.reshape(-1, x.shape[-1])
+    found["constant"] = (rows == rows[0]).all(0)
+    if first:
+        each = moments(Sets(x, Scope(splits=len(x)), seen.mask)).mean
+        found["between"] = each.reshape(len(x), -1).var(0)
     return found
 
 
@@ -87,12 +95,16 @@ def _dropped(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     return call(*args, **kwargs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_compiled(0)
 def look(net: Net, variables: Tree, batch: Any, padding: Any, nothing: Tree) -> Pass:
     """The sites under batch statistics without dropout, and the gradient of a random direction of
     the output for the output of each site: it is 0 where nothing behind a channel sees it.
     ``nothing`` is the collection PERTURBATIONS, zeros."""
-    watch = Watch(use="batch", observe=lambda seen: _looked_at(seen, padding), perturb=True)
+
+    def observe(seen: Seen) -> Mapping[str, Any]:
+        return _looked_at(seen, padding, seen.path == watch.sites[0])
+
+    watch = Watch(use="batch", observe=observe, perturb=True)
 
     def forward(added: Tree) -> Any:
         with nn.intercept_methods(_dropped):
@@ -110,32 +122,47 @@ def look(net: Net, variables: Tree, batch: Any, padding: Any, nothing: Tree) -> 
     return Pass(seen, _loss(net, applied.output, batch), flat, {"felt": felt}, dropped)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def train(net: Net, variables: Tree, batch: Any, index: Any) -> Pass:
-    """A training call: the moments at each site, and the running statistics afterwards. Calls of
-    another ``index`` draw other dropout masks."""
-    watch = Watch(observe=lambda seen: input_moments(seen.x.astype(jnp.float32), seen.mask))
+@_compiled(0, 4)
+def train(net: Net, variables: Tree, batch: Any, index: Any, dropout: bool) -> Pass:
+    """A training call: the running statistics afterwards, and, where there is dropout, the moments
+    at each site. Calls of another ``index`` draw other masks."""
+    watch = Watch(observe=_moments if dropout else None)
+    key = jax.random.key(index)
     applied = net.apply(
-        variables,
-        batch,
-        train=True,
-        key=jax.random.key(index),
-        watch=watch,
-        mutable=("batch_stats",),
+        variables, batch, train=True, key=key, watch=watch, mutable=("batch_stats",)
     )
     more = {"batch_stats": applied.mutated.get("batch_stats", {})}
     return Pass(applied.seen, _loss(net, applied.output, batch), _rows(applied.output), more)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_compiled(0)
 def losses(net: Net, variables: Tree, batch: Any) -> Pass:
-    """An evaluation with the running statistics among the variables, and the moments at the
-    sites."""
-    watch = Watch(
-        use="running", observe=lambda seen: input_moments(seen.x.astype(jnp.float32), seen.mask)
-    )
+    """An evaluation with the running statistics among the variables, and the moments at the first
+    site."""
+
+    def observe(seen: Seen) -> Mapping[str, Any]:
+        return _moments(seen) if seen.path == watch.sites[0] else {}
+
+    watch = Watch(use="running", observe=observe)
     applied = net.apply(variables, batch, watch=watch)
     return Pass(applied.seen, _loss(net, applied.output, batch), _rows(applied.output))
+
+
+@_compiled(0, 3)
+def within(net: Net, variables: Tree, batch: Any, parts: int) -> dict[str, jax.Array]:
+    """The variance at each site with the batch in so many equal parts that never meet, as devices
+    hold them: mean over the parts."""
+
+    def one(part: Any) -> dict[str, jax.Array]:
+        applied = net.apply(variables, part, watch=Watch(use="batch", observe=_moments))
+        return {path: calls[0]["var"] for path, calls in applied.seen.items()}
+
+    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    return {path: var.mean(0) for path, var in jax.vmap(one)(cut).items()}
+
+
+def _moments(seen: Seen) -> dict[str, jax.Array]:
+    return input_moments(seen.x.astype(jnp.float32), seen.mask)
 
 
 def _loss(net: Net, output: Any, batch: Any) -> Any:

@@ -7,33 +7,34 @@ import numpy as np
 
 from bnresearch.doctor.examine import Examination
 from bnresearch.doctor.finding import Finding, few
-from bnresearch.doctor.passes import PARTS
+
+CLEARLY, LEAST = 4, 0.02  # times the misfit of whole batches; a deviation worth a word
 
 
 def parts_that_fit(examined: Examination) -> tuple[int, dict[int, float]]:
     """Into how many parts the batch must be cut so that the running variances fit those within the
-    parts, and the squared misfit of each number, ``sum over features of log(v_r / v_parts)^2``.
+    parts, and the squared misfit of each number, mean over all features of
+    ``log(v_r / v_parts)^2``.
 
     Statistics of 8 devices that were never merged, or whose variances were averaged, lack the
-    variance between the devices: with n values each they are (n - 1) / n of the whole, less where
-    examples are alike within themselves.
+    variance between the devices: with n independent values each they are (n - 1) / n of the whole.
     """
-    misfit: dict[int, float] = {}
-    for parts in (1, *PARTS):
-        total, count = 0.0, 0
-        for site in examined.keepers:
-            name = "var" if parts == 1 else f"within{parts}"
-            if name not in site.look or site.running is None or site.made.frozen:
-                continue
-            inside = site.precise.var if parts == 1 else site.look[name].mean(0)
-            alive = (inside > 1e-10) & (site.running.var > 0) & np.isfinite(site.running.var)
-            logs = np.log(site.running.var[alive] / inside[alive])
-            total, count = total + float(np.square(logs).sum()), count + int(alive.sum())
-        if count:
-            misfit[parts] = total / count
+    misfit = {}
+    for parts, found in examined.parts.items():
+        logs = [
+            _logs(site.running.var, found[site.path])
+            for site in examined.keepers
+            if site.running is not None and site.path in found
+        ]
+        misfit[parts] = float(np.square(np.concatenate(logs)).mean())
     best = min(misfit, key=misfit.__getitem__, default=1)
-    clear = best > 1 and misfit[1] > 4 * misfit[best] and misfit[1] > 0.05**2
+    clear = best > 1 and misfit[1] > CLEARLY * misfit[best] and misfit[1] > LEAST**2
     return (best if clear else 1), misfit
+
+
+def _logs(running: np.ndarray, found: np.ndarray) -> np.ndarray:
+    alive = (found > 1e-10) & (running > 0) & np.isfinite(running)
+    return np.log(running[alive] / found[alive])
 
 
 def scope(examined: Examination) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ HURTS = 0.1  # nats: a loss that is so much larger is worth a serious word
 HURTS_OUTPUT = 0.25  # where no loss is known: change of the output, in units of its spread
 BLAMED = 0.25  # share of the damage from which on a site is to blame
 DIVERGED = 1e3  # times the variance, or standard deviations of the mean
-YOUNG, FITS = 0.05, 0.6  # weight of the starting values; share of the deviation that explains
+YOUNG, FITS = 0.05, 0.8  # weight of the starting values; share of the deviation that explains
 SWAPPED = 0.5  # largest decay that looks like torch's momentum
 SLOW = 0.98  # a memory of 50 steps
 
@@ -245,7 +245,7 @@ def decay_swapped(examined: Examination) -> Iterator[Finding]:
 def half_precision(examined: Examination) -> Iterator[Finding]:
     """Running statistics, or sums over the batch, in less than float32."""
     kept = [s for s in examined.keepers if s.dtype not in ("float32", "float64")]
-    computed = [s for s in examined.keepers if s.made.low and _low_input(s) and s not in kept]
+    computed = [s for s in examined.keepers if "low" in s.look and _low_input(s) and s not in kept]
     if kept:
         yield Finding(
             "half_precision",
@@ -298,8 +298,6 @@ def slow(examined: Examination) -> Iterator[Finding]:
 
 def evaluation_gap(examined: Examination) -> Iterator[Finding]:
     """Evaluation that is worse with running than with precise statistics, and which sites do it."""
-    found = causes(examined)
-    known = sorted({why for why in found.values() if why not in ("", "evaluation_gap")})
     sites = _sites(examined, "evaluation_gap")
     harmful, _ = examined.gap()
     if not hurts(examined) and not sites:
@@ -307,21 +305,16 @@ def evaluation_gap(examined: Examination) -> Iterator[Finding]:
     blamed = {path: share for path, share in examined.blame.items() if share >= BLAMED}
     order = sorted(blamed, key=lambda path: -blamed[path]) or _paths(sites)
     shares = ", ".join(f"{path} {blamed[path]:.0%}" for path in order[:6] if path in blamed)
-    if known:
-        severity, why = "note", f" It follows from: {', '.join(known)}."
-    else:
-        severity, why = ("serious" if hurts(examined) else "warning"), ""
     apart = f"; {_apart_in_words(sites)}" if sites else ""
     text = _gap_in_words(examined)
     yield Finding(
         "evaluation_gap",
-        severity,
+        "serious" if hurts(examined) else "warning",
         "Evaluation suffers from the running statistics"
         if hurts(examined)
         else "Running statistics are not those of the data",
         f"{text[0].upper()}{text[1:]}{apart}."
-        + (f" Share of the damage by site: {shares}." if shares else "")
-        + why,
+        + (f" Share of the damage by site: {shares}." if shares else ""),
         order,
         {"gap": harmful, "blame": examined.blame},
     )

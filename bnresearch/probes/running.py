@@ -54,7 +54,8 @@ def staleness(inside: "Inside") -> Found:
     which belongs to no batch. ``cumulative`` weighs alike: d = 1, age (t - 1) / 2. So does
     ``last``, with t at most its window. They and ``debiased`` hold nothing of the start. Sites
     without a running mean and variance per feature are left out; those whose average has no decay
-    (a frozen norm) have no age.
+    (a frozen norm) have no age. Of kinds that keep something else under these names it is about
+    what they keep.
     """
     passes = inside.over_batches(site_statistics)
     found: Found = {}

@@ -63,7 +63,11 @@ def structure(net: Net, variables: Tree, batch: Any) -> Structure:
         sites=tuple(watch.sites),
         layers=tuple(layers),
         layer_of=unflatten_dict(layer_of),
-        weights={s: "/".join(weighted[weights[s]]) for s in watch.sites if s in weights},
+        weights={
+            site: "/".join(weighted[maker])
+            for site, maker in weights.items()
+            if site in watch.sites and maker not in watch.sites
+        },
         depths=_depths(modules, watch.sites),
     )
 
@@ -78,7 +82,8 @@ def _layers(
     names: list[str] = []
     layer_of: dict[tuple[str, ...], int] = {}
     for module in modules:
-        if module in weighted:
+        # Norms may have arrays of two axes as well: a scale for each domain.
+        if module in weighted and module not in sites:
             names.append(module)
         if names and module in sites and names[-1] not in sites:
             names[-1] = module
