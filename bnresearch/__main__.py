@@ -216,7 +216,7 @@ def _no_flags(argv: list[str], values: flags.FlagValues) -> None:
 
 def _list(values: flags.FlagValues, argv: list[str]) -> None:
     """List what can be chosen in a config: norms | presets | weights | models | inits | datasets |
-    tasks | optimizers | schedules | averages | modes | stats | configs | studies."""
+    tasks | optimizers | schedules | averages | probes | modes | stats | configs | studies."""
     what, *others = argv or [""]
     make = lookup(LISTS, what, "thing to list")
     if others:

@@ -159,12 +159,22 @@ def _known_call(model: nn.Module) -> Call:
     return call
 
 
+def first_of(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def switch_of(model: nn.Module) -> str | None:
+    """The argument that tells the model whether it trains, or None."""
+    names = inspect.signature(type(model).__call__).parameters
+    return next((name for name in SWITCHES if name in names), None)
+
+
 def plain_arguments(model: nn.Module) -> Callable[[Any, bool], tuple[Any, dict[str, Any]]]:
     """``(batch, train) -> (input, keywords)`` of a model that takes nothing else; UserError for one
     that does."""
     _, first, *others = inspect.signature(type(model).__call__).parameters.values()
-    names = {first.name, *(p.name for p in others)}
-    switch = next((name for name in SWITCHES if name in names), None)
+    names, switch = {first.name, *(p.name for p in others)}, switch_of(model)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [p for p in others if p.default is p.empty and p.kind in named]
     unknown = [p.name for p in needed if p.name not in (switch, "mask")]
@@ -207,21 +217,29 @@ def labels_of(batch: Any) -> Any:
 
 def cross_entropy(output: Any, batch: Any) -> jax.Array:
     """The cross-entropy of each example, ``[batch]``, for logits ``[batch, ..., classes]`` and
-    integer labels ``[batch, ...]``, averaged over the axes between.
+    integer labels ``[batch, ...]``, averaged over the axes between; negative labels, and positions
+    outside a "mask" of the shape of the labels, do not count.
 
     Raises:
       UserError: the batch has no such labels, or the output is no such array.
     """
-    labels, shape = labels_of(batch), jnp.shape(output)
+    labels, shape = labels_of(batch), getattr(output, "shape", None)
     whole = labels is not None and jnp.issubdtype(jnp.result_type(labels), jnp.integer)
-    if not whole or not hasattr(output, "dtype") or jnp.shape(labels) != shape[:-1]:
+    if not whole or shape is None or jnp.shape(labels) != shape[:-1]:
         found = "no labels" if labels is None else f"labels of shape {jnp.shape(labels)}"
         raise UserError(
-            f"the loss is unknown: batches have {found}, the model gives {shape}. Name integer "
+            f"the loss is unknown: batches have {found}, the model gives "
+            f"{'no array' if shape is None else shape}. Name integer "
             f"labels one of {', '.join(LABELS)}, or give losses=(output, batch) -> [batch]"
         )
-    losses = optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), labels)
-    return losses.reshape(losses.shape[0], -1).mean(1)
+    counted = labels >= 0  # negative ones mean: none
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    if mask is not None and jnp.shape(mask) == jnp.shape(labels):
+        counted = counted & (jnp.asarray(mask) > 0)
+    logits = output.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    losses, counted = (x.reshape(len(logits), -1) for x in (losses, counted))
+    return jnp.where(counted, losses, 0).sum(1) / jnp.maximum(counted.sum(1), 1)
 
 
 # ---- Norms of flax
@@ -241,7 +259,7 @@ def _intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     path = "/".join(module.path)
     if isinstance(module, WITHOUT):
         y = call(*args, **kwargs)
-        return noted(Seen(path, module, args[0], y, kwargs.get("mask"), "", None))
+        return noted(Seen(path, module, first_of(args, kwargs), y, kwargs.get("mask"), "", None))
     return _batch_norm(module, path, *args, **kwargs)
 
 

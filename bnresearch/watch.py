@@ -98,7 +98,9 @@ def noted(seen: Seen) -> jax.Array:
         watch.sites.append(seen.path)
     if watch.observe is not None:
         seen.module.sow(SEEN, NAME, dict(watch.observe(seen)))
-    return seen.module.perturb(NAME, seen.y, PERTURBATIONS) if watch.perturb else seen.y
+    module = seen.module
+    there = module.is_mutable_collection(PERTURBATIONS) or module.has_variable(PERTURBATIONS, NAME)
+    return module.perturb(NAME, seen.y, PERTURBATIONS) if watch.perturb and there else seen.y
 
 
 def seen_in(mutated: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], ...]]:

@@ -9,7 +9,9 @@ the examination to findings, with evidence, severity and a mend. To add one: a f
 the files beside this one, a line in CHECKS, and one in `mends.MENDS`.
 """
 
+import collections
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +19,11 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from flax.core import unfreeze
+from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict
 
 from bnresearch import net as nets
-from bnresearch.doctor import data, sites, statistics
+from bnresearch.doctor import damage, data, sites, statistics
 from bnresearch.doctor import scope as scopes
 from bnresearch.doctor.examine import Treatment, examine
 from bnresearch.doctor.finding import SEVERITIES, Check, Finding
@@ -38,6 +40,7 @@ Tree = Any
 MOST = 50  # batches that are looked at where nobody says how many
 EVALUATED = 20
 SCOPES = {"global": None, "device": None}
+CALLED = ("variables, batches)", "variables, batches, call=call)")
 
 
 def diagnose(
@@ -85,7 +88,9 @@ def diagnose(
     variables, replicas = _one_replica(variables)
     check_fit(net, variables, found[0])
     about = {"model": type(model).__name__}
-    evaluated = None if eval_batches is None else take(eval_batches, None, True, EVALUATED)
+    evaluated = _evaluated(eval_batches, found[0])
+    if call is None:
+        _check_switch(model, net, variables, found[0])
     treatment = None if optimizer is None else treatment_of(optimizer, variables["params"])
     return examined_report(
         net,
@@ -93,12 +98,41 @@ def diagnose(
         found,
         evaluated,
         about=about,
-        mended=lambda check: MENDS[check].model,
+        mended=lambda check: MENDS[check].model.replace(*CALLED if call is not None else ("", "")),
         treatment=treatment,
         replicas=replicas,
-        frozen=frozen,
+        frozen=(frozen,) if isinstance(frozen, str) else tuple(frozen),
         scope=scope,
     )
+
+
+def _evaluated(eval_batches: Iterable[Any] | None, like: Any) -> list[Any] | None:
+    """The evaluation batches; UserError where they are not made as those of training are."""
+    if eval_batches is None:
+        return None
+    found = take(eval_batches, None, True, EVALUATED, "evaluation batches")
+    mine, other = found[0], like
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):  # either may have more, as a mask
+        shared = mine.keys() & other.keys()
+        mine, other = ({name: batch[name] for name in shared} for batch in (mine, other))
+    if _outline(mine) != _outline(other):
+        raise UserError(
+            f"evaluation batches have {shapes(found[0])}, those of training {shapes(like)}: give "
+            "both the same parts and shapes, but for the number of examples"
+        )
+    return found
+
+
+def _check_switch(model: nn.Module, net: Net, variables: Tree, batch: Any) -> None:
+    """Refuses a model that nobody can tell whether it trains: its training would be taken for its
+    evaluation."""
+    if nets.switch_of(model) is None and structure(net, variables, batch).keepers:
+        raise UserError(
+            f"{type(model).__name__}.__call__ has none of the arguments "
+            f"{', '.join(nets.SWITCHES)}, which would tell it whether it trains; say how to call "
+            "it: call=lambda variables, batch, train, **rest: Model(train=train).apply(variables, "
+            "batch[...], **rest)"
+        )
 
 
 def examined_report(
@@ -109,40 +143,35 @@ def examined_report(
     *,
     about: Mapping[str, Any],
     mended: Callable[[str], str],
-    treatment: Treatment | None = None,
-    replicas: float | None = None,
     frozen: Sequence[str] = (),
-    scope: str = "global",
-    declared: str = "",
-    sets: int = 1,
+    **known: Any,
 ) -> Report:
     """Examines a model and lets every check look at it.
 
     Args:
       about: where it comes from, for the page.
       mended: how the finding of a check is mended.
-      declared: over what training is known to take statistics: "global", "device", "" for unknown.
-      sets: into how many sets with statistics of their own training cuts a batch.
-      others: see `diagnose`.
+      frozen: see `diagnose`.
+      known: attributes of an `examine.Examination` that are known already.
     """
     seen = structure(net, variables, batches[0])
     _check_sites(seen, frozen)
     net = _with_known_loss(net, variables, batches[0])
+    kept = _of_one_size(batches)
     examined = examine(
         net,
         variables,
         seen,
-        _of_one_size(batches),
-        None if eval_batches is None else _of_one_size(eval_batches),
-        treatment=treatment,
-        replicas=replicas,
+        kept,
+        eval_batches,
         frozen=frozenset(path for path, yes in matching(frozen, seen.sites).items() if yes),
-        scope=scope,
-        declared=declared,
-        sets=sets,
+        left_out=len(batches) - len(kept),
+        **known,
     )
+    examined.parts = damage.in_parts(examined, kept)
+    damage.evaluate(examined, kept if eval_batches is None else _of_one_size(eval_batches))
     findings = [
-        found._replace(mend=mended(name))
+        found._replace(mend=found.mend or mended(name))
         for name, check in CHECKS.items()
         for found in check(examined)
     ]
@@ -151,19 +180,28 @@ def examined_report(
     return Report(findings, examined, about)
 
 
-def take(batches: Iterable[Any], count: int | None, allow_fewer: bool, most: int) -> list[Any]:
+def take(
+    batches: Iterable[Any], count: int | None, allow_fewer: bool, most: int, what: str = "batches"
+) -> list[Any]:
     """The first ``count`` batches (None: all, up to ``most``), all of one shape but for the number
     of examples.
 
     Raises:
       UserError: none, or fewer than asked without ``allow_fewer``; batches of different shapes.
     """
-    found = list(itertools.islice(batches, most if count is None else count))
-    if not found or (count is not None and len(found) < count and not allow_fewer):
-        wanted = "at least one is" if count is None else f"count={count} were"
+    if not isinstance(batches, Iterable):
         raise UserError(
-            f"{len(found)} batches were given and {wanted} asked for; give more, or take what is "
-            "there with allow_fewer=True"
+            f"{what} are a {type(batches).__name__}; give a list or an iterator of them"
+        )
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(f"count={count!r}; give a whole number of at least 1, or None for all")
+    found = list(itertools.islice(batches, most if count is None else count))
+    if not found:
+        raise UserError(f"there are no {what}; give at least one")
+    if count is not None and len(found) < count and not allow_fewer:
+        raise UserError(
+            f"{len(found)} {what} were given and count={count} asked for; give more, or take what "
+            "is there with allow_fewer=True"
         )
     for index, batch in enumerate(found):
         if _outline(batch) != _outline(found[0]):
@@ -176,6 +214,11 @@ def take(batches: Iterable[Any], count: int | None, allow_fewer: bool, most: int
 
 def _outline(batch: Any) -> Any:
     leaves, tree = jax.tree.flatten(batch)
+    if not leaves or any(not np.ndim(leaf) for leaf in leaves):
+        raise UserError(
+            f"a batch has {shapes(batch)}: every part of it has to have a row per example; hand "
+            "the model what is the same for all by call="
+        )
     return tree, [np.shape(leaf)[1:] for leaf in leaves]
 
 
@@ -199,7 +242,13 @@ def _check_sites(seen: Structure, frozen: Sequence[str]) -> None:
             "the model calls no norm that is known here (those of flax.linen and of bnresearch): "
             "there is nothing to diagnose"
         )
+    if "" in seen.sites:
+        raise UserError("the model is a norm itself; put it into a module to diagnose it")
     for rule in frozen:
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise UserError(f"frozen: {rule!r} is no regular expression ({error})") from None
         if not any(matching([rule], seen.sites).values()):
             raise UserError(
                 f"frozen: {rule!r} matches no site; the sites are: {', '.join(seen.sites)}"
@@ -207,9 +256,10 @@ def _check_sites(seen: Structure, frozen: Sequence[str]) -> None:
 
 
 def _of_one_size(batches: Sequence[Any]) -> list[Any]:
-    """Those of the size of the first: a ragged last one would compile everything again."""
+    """Those of the most common size: a ragged last one would compile everything again."""
     sizes = [len(jax.tree.leaves(batch)[0]) for batch in batches]
-    return [batch for batch, size in zip(batches, sizes, strict=True) if size == sizes[0]]
+    size = collections.Counter(sizes).most_common(1)[0][0]
+    return [batch for batch, n in zip(batches, sizes, strict=True) if n == size]
 
 
 def _with_known_loss(net: Net, variables: Tree, batch: Any) -> Net:
@@ -232,7 +282,7 @@ def _one_replica(variables: Tree) -> tuple[Tree, float | None]:
     the running statistics of the copies differ, relative to their size; None for a single copy."""
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         return variables, None  # `check_fit` has the words for it
-    variables = unfreeze(dict(variables))
+    variables = meta.unbox(unfreeze(dict(variables)))
     stats = {
         path: np.asarray(x) for path, x in flatten_dict(variables.get("batch_stats", {})).items()
     }
@@ -249,6 +299,11 @@ def _one_replica(variables: Tree) -> tuple[Tree, float | None]:
 def treatment_of(optimizer: optax.GradientTransformation, params: Tree) -> Treatment:
     """What an optimizer does to norms: it decays what moves without a gradient, and leaves still
     what does not move with one. Several steps, since a warm-up may begin at a rate of 0."""
+    if not hasattr(optimizer, "update"):
+        raise UserError(
+            f"the optimizer is a {type(optimizer).__name__}; give that of the training, such as "
+            "optax.adamw(1e-3)"
+        )
     ones = jax.tree.map(lambda p: np.ones(np.shape(p), np.float32), params)
 
     def moves(gradient: float) -> dict[tuple[str, ...], bool]:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.stats import chi2
 
-from bnresearch.doctor.examine import Examination, Site, pooled
+from bnresearch.doctor.examine import ALIVE, Examination, Site, distance, pooled
 from bnresearch.doctor.finding import Finding
 
 MORE_THAN_CHANCE = 3.0  # times the spread of batch means that chance gives
 CONTRAST = 0.5  # share of the entropy of random labels that those of a batch have at least
 SHIFTED, STRETCHED = 0.25, 0.4  # standard deviations; |log| of a variance ratio
+ENOUGH = 30  # evaluation examples
 
 
 def _first(examined: Examination) -> Site | None:
@@ -21,27 +23,27 @@ def _first(examined: Examination) -> Site | None:
 def spread_ratio(site: Site, size: int) -> float:
     """The variance of batch means over what independent examples would give,
 
-        B * Var(m_B) / mean over batches of Var(means of examples),
+        B * Var(m_B) / (mean over batches of Var(means of examples) + Var(m_B)),
 
-    mean over features: about 1 for random batches, B for batches of one kind of example each.
+    mean over features: about 1 for random batches, B for batches of one kind of example each. Of
+    several calls in a batch the first.
     """
-    between, within = site.look["mean"].var(0, ddof=1), site.look["between"].mean(0)
-    # Within a batch of alike examples they vary less than all of them do: total, not within alone.
-    whole = within + site.look["mean"].var(0)
-    alive = whole > 1e-10
-    return float(np.mean(size * between[alive] / whole[alive])) if alive.any() else 1.0
+    means, within = (site.look[name][:: site.calls] for name in ("mean", "between"))
+    # Examples of a batch of one kind vary less than all do: hence the sum below the line.
+    whole = within.mean(0) + means.var(0)
+    alive = whole > ALIVE
+    return float(np.mean(size * means.var(0, ddof=1)[alive] / whole[alive])) if alive.any() else 1.0
 
 
 def non_iid(examined: Examination) -> Iterator[Finding]:
-    """Batches that differ from each other more than chance allows: sorted, grouped, not "
-    "shuffled."""
-    site = _first(examined)
-    if site is None or examined.batches < 4:
+    """Batches that differ from each other more than chance allows: sorted, or never shuffled."""
+    site, batches = _first(examined), examined.batches
+    if site is None or batches < 4:
         return
-    ratio = spread_ratio(site, examined.size)
-    share = _label_share(examined)
-    ordered = share is not None and share < CONTRAST
-    if ratio < MORE_THAN_CHANCE and not ordered:
+    ratio, share = spread_ratio(site, examined.size), _label_share(examined)
+    # As if all features were one: what one feature does once in ten thousand times.
+    bound = max(MORE_THAN_CHANCE, chi2.ppf(0.9999, batches - 1) / (batches - 1))
+    if ratio < bound and (share is None or share > CONTRAST):
         return
     labels = ""
     if share is not None:
@@ -51,22 +53,26 @@ def non_iid(examined: Examination) -> Iterator[Finding]:
         "serious",
         "Batches are not random samples",
         f"The means of batches at {site.path} scatter {ratio:.1f} times as much (in variance) as "
-        "those "
-        f"of {examined.size} independent examples would{labels}.",
+        f"those of {examined.size} independent examples would{labels}.",
         (site.path,),
         {"spread": ratio, **({} if share is None else {"label entropy": share})},
     )
 
 
 def _label_share(examined: Examination) -> float | None:
-    """Mean entropy of the labels of a batch, over what it is with all labels shuffled; None without
-    labels, or where there is but one."""
+    """Mean entropy of the labels of a batch over the least of 20 shuffled sets of batches; None
+    without labels, or where there is but one."""
     labels = examined.labels
     if labels is None or len(labels) < 2:
         return None
-    shuffled = np.random.RandomState(0).permutation(labels.reshape(-1)).reshape(labels.shape)
-    seen, chance = (np.mean([_entropy(row) for row in rows]) for rows in (labels, shuffled))
-    return float(seen / chance) if chance > 0 else None
+    rng = np.random.RandomState(0)
+
+    def entropy(rows: np.ndarray) -> float:
+        return float(np.mean([_entropy(row) for row in rows]))
+
+    flat = labels.reshape(-1)
+    chance = min(entropy(rng.permutation(flat).reshape(labels.shape)) for _ in range(20))
+    return entropy(labels) / chance if chance > 0 else None
 
 
 def _entropy(labels: np.ndarray) -> float:
@@ -80,24 +86,23 @@ def preprocessing(examined: Examination) -> Iterator[Finding]:
     if site is None or not examined.apart_evaluation or not site.evaluated:
         return
     here, there = pooled(site.look), pooled(site.evaluated)
-    alive = here.var > 1e-10
-    if not alive.any():
+    examples = examined.size * examined.batches, examined.examples
+    if examined.examples < ENOUGH or not (here.var > ALIVE).any():
         return
-    error = math.sqrt(
-        np.mean(site.look["between"].mean(0)[alive] / here.var[alive]) / (examined.size)
-    )
-    z = math.sqrt(np.mean(np.square(there.mean[alive] - here.mean[alive]) / here.var[alive]))
-    logs = np.abs(np.log((there.var[alive] + 1e-12) / here.var[alive])).mean()
-    if z < max(SHIFTED, 4 * error) and logs < STRETCHED:
+    # Four standard errors, as if each example were one value.
+    error = 4 * math.sqrt(sum(1 / count for count in examples))
+    shift, stretch = distance(there, here, site.made.epsilon)
+    if shift < max(SHIFTED, error) and stretch < max(STRETCHED, math.sqrt(2) * error):
         return
     yield Finding(
         "preprocessing",
         "serious",
         "Evaluation is fed something else than training",
-        f"At the first site, {site.path}, the means of evaluation inputs are {z:.2g} standard "
-        f"deviations away and the variances a factor of {math.exp(logs):.3g}.{_inputs(examined)}",
+        f"At the first site, {site.path}, the means of evaluation inputs are {shift:.2g} standard "
+        "deviations away and the variances a factor of "
+        f"{math.exp(stretch):.3g}.{_inputs(examined)}",
         (site.path,),
-        {"shift": z, "log variance ratio": float(logs)},
+        {"shift": shift, "log variance ratio": stretch},
     )
 
 

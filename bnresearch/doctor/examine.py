@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from bnresearch.doctor import passes
 from bnresearch.doctor.structure import Made, Structure
@@ -19,7 +19,7 @@ from bnresearch.watch import NAME
 Tree = Any
 Array = np.ndarray
 
-BLAMED = 4  # evaluation batches on which each site's share of the damage is taken
+ALIVE = 1e-10  # a variance below is none
 
 
 class Kept(NamedTuple):
@@ -39,6 +39,7 @@ class Site:
       running: mean and variance as they are among the variables, or None; ``dtype`` is theirs.
       scale, bias: its parameters, or None.
       look, trained, evaluated: {quantity: [calls, features]} of the passes of those names.
+      calls: how often a pass calls it.
       moved: whether a training call changes its statistics.
       felt: which channels anything behind them sees.
     """
@@ -54,6 +55,7 @@ class Site:
     trained: Mapping[str, Array] = field(default_factory=dict)
     evaluated: Mapping[str, Array] = field(default_factory=dict)
     moved: bool = False
+    calls: int = 1
     felt: Array = field(default_factory=lambda: np.ones(0, bool))
 
     @property
@@ -62,23 +64,31 @@ class Site:
         return pooled(self.look)
 
     @property
+    def expected(self) -> Moments:
+        """What running statistics of training are averages of: with dropout, if there is any."""
+        return pooled(self.trained) if self.trained else self.precise
+
+    @property
     def values(self) -> float:
         """How many values a batch has: the median."""
         return float(np.median(self.look["count"]))
 
     def apart(self) -> tuple[float, float]:
-        """How far the running statistics are from the precise ones: root mean square over features
-        of ``(m_r - m_p) / s_p``, and mean of ``|log(v_r / v_p)|``."""
+        """`distance` of the running statistics from the precise ones."""
         assert self.running is not None
-        alive = self.precise.var > 1e-12
-        if not alive.any():
-            return 0.0, 0.0
-        m, v = self.precise.mean[alive], self.precise.var[alive]
-        rm, rv = (x[alive] for x in self.running)
-        z = np.sqrt(np.mean(np.square(rm - m) / v))
-        # epsilon bounds from below what a small variance can do.
-        ratio = (rv + self.made.epsilon) / (v + self.made.epsilon)
-        return float(z), float(np.mean(np.abs(np.log(np.maximum(ratio, 1e-30)))))
+        return distance(self.running, self.precise, self.made.epsilon)
+
+
+def distance(one: Any, other: Any, epsilon: float = 0.0) -> tuple[float, float]:
+    """Root mean square over features of the difference of means in deviations of the ``other``, and
+    mean of |log| of the ratio of variances. Epsilon bounds from below what small ones can do."""
+    alive = other.var > ALIVE
+    if not alive.any():
+        return 0.0, 0.0
+    m, v = one.mean[alive] - other.mean[alive], other.var[alive]
+    ratio = (one.var[alive] + epsilon) / (v + epsilon)
+    z = np.sqrt(np.mean(np.square(m) / v))
+    return float(z), float(np.mean(np.abs(np.log(np.maximum(ratio, 1e-30)))))
 
 
 def pooled(stacked: Mapping[str, Array], prefix: str = "") -> Moments:
@@ -104,6 +114,7 @@ class Examination:
       batches: how many training batches were looked at, and their size.
       losses: of each evaluation example, with "running" and with "precise" statistics, and of each
         training example with those of its "batch"; empty where the loss is unknown.
+      outputs: where it is: those of evaluation, with "running" and with "precise" statistics.
       parts: {into how many parts batches were cut: {path: variance within them}}, if running
         variances are smaller than those of batches.
       blame: {path: share of the damage}, filled where evaluation is worse with running statistics.
@@ -117,6 +128,8 @@ class Examination:
       scope, declared: over what the user wants statistics, and over what training is known to take
         them: "global", "device"; "" for unknown.
       sets: into how many sets with statistics of their own training cuts a batch.
+      left_out: batches of another size than most, which were not looked at.
+      examples: how many were evaluated.
       apart_evaluation: evaluation batches were given, so that they can differ from training.
     """
 
@@ -126,25 +139,33 @@ class Examination:
     sites: dict[str, Site]
     batches: int
     size: int
-    losses: dict[str, Array]
-    outputs: dict[str, Array]
-    treatment: Treatment | None
     inputs: dict[str, Kept]
     labels: Array | None
     padding: float
     dropped: dict[str, Array]
-    replicas: float | None
-    frozen: frozenset[str]
-    scope: str
-    declared: str
-    sets: int
     apart_evaluation: bool
+    treatment: Treatment | None = None
+    replicas: float | None = None
+    frozen: frozenset[str] = frozenset()
+    scope: str = "global"
+    declared: str = ""
+    sets: int = 1
+    left_out: int = 0
+    examples: int = 0
+    losses: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Array] = field(default_factory=dict)
     parts: dict[int, dict[str, Array]] = field(default_factory=dict)
     blame: dict[str, float] = field(default_factory=dict)
 
     @property
     def keepers(self) -> list[Site]:
-        return [self.sites[path] for path in self.structure.keepers]
+        """The sites with running statistics that an evaluation calls, too."""
+        return [self.sites[path] for path in self.structure.keepers if self.sites[path].look]
+
+    @property
+    def unseen(self) -> list[str]:
+        """Norms that only training calls, or that stand in a transformation that hides them."""
+        return [site.path for site in self.sites.values() if not site.look]
 
     def gap(self) -> tuple[float, float]:
         """By how much the loss is larger with running than with precise statistics, per example,
@@ -164,49 +185,36 @@ def examine(
     structure: Structure,
     batches: Sequence[Any],
     eval_batches: Sequence[Any] | None,
-    *,
-    treatment: Treatment | None,
-    replicas: float | None,
-    frozen: frozenset[str],
-    scope: str,
-    declared: str = "",
-    sets: int = 1,
+    **known: Any,
 ) -> Examination:
-    """Runs all passes. The batches of either kind have one shape."""
+    """Runs the passes over the training batches, which have one shape; evaluation comes after it
+    (`damage.evaluate`). ``known`` are the attributes of an Examination that others know."""
     # All on the default device and free to move: else each pass would be compiled once more.
     variables = jax.tree.map(jnp.asarray, jax.device_get(variables))
-    looks, trains, padding = [], [], [padded(batch) for batch in batches]
+    looks, trains, padding = [], [], paddings(batches)
     nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), structure.outputs)
+    dropout = bool(structure.dropouts)
     for index, (batch, pad) in enumerate(zip(batches, padding, strict=True)):
-        looks.append(passes.look(net, variables, batch, pad, nothing))
-        trains.append(
-            passes.train(net, variables, batch, np.uint32(index), bool(structure.dropouts))
-        )
-    looks, trains = jax.device_get((looks, trains))
-    sites = _sites(structure, variables, looks, trains)
+        looks.append(jax.device_get(passes.look(net, variables, batch, pad, nothing)))
+        if dropout or not index:  # without it, one of them says all
+            done = passes.train(net, variables, batch, np.uint32(index), dropout)
+            trains.append(jax.device_get(done))
     examined = Examination(
         net,
         variables,
         structure,
-        sites,
+        _sites(structure, variables, looks, trains),
         batches=len(batches),
         size=len(jax.tree.leaves(batches[0])[0]),
-        losses={},
-        outputs={},
-        treatment=treatment,
         inputs=_inputs(batches, eval_batches),
         labels=_labels(batches),
         padding=float(np.mean([1 - np.mean(p) for p in padding if p is not None] or [0.0])),
         dropped=_dropped(looks),
-        replicas=replicas,
-        frozen=frozen,
-        scope=scope,
-        declared=declared,
-        sets=sets,
         apart_evaluation=eval_batches is not None,
+        **known,
     )
-    examined.parts = _in_parts(examined, batches)
-    _evaluate(examined, looks, batches if eval_batches is None else eval_batches)
+    if looks[0].loss is not None:
+        examined.losses["batch"] = np.concatenate([look.loss for look in looks])
     return examined
 
 
@@ -235,6 +243,7 @@ def _sites(
             else None
             for name in ("scale", "bias")
         )
+        site.calls = max(len(looks[0].sites.get(path, ())), 1)
         site.look = _stacked([call for look in looks for call in look.sites.get(path, ())])
         site.trained = _stacked([call for t in trains for call in t.sites.get(path, ())])
         site.felt = np.any([f[path][NAME] for f in felt if path in f] or [np.ones(1, bool)], axis=0)
@@ -269,11 +278,15 @@ def _dropped(looks: Sequence[Any]) -> dict[str, Array]:
 def _inputs(batches: Sequence[Any], eval_batches: Sequence[Any] | None) -> dict[str, Kept]:
     found = {}
     for split, some in (("training", batches), ("evaluation", eval_batches or ())):
-        arrays = [_input(batch) for batch in some]
-        arrays = [x for x in arrays if np.issubdtype(x.dtype, np.floating)]
-        if arrays:
-            x = np.concatenate([x.reshape(-1, _channels(x)) for x in arrays]).astype(float)
-            found[split] = Kept(x.mean(0), x.var(0))
+        arrays = (_input(batch) for batch in some)
+        rows = [x.reshape(-1, _channels(x)) for x in arrays if np.issubdtype(x.dtype, np.floating)]
+        if rows:  # batch by batch: together they may be large
+            each = [
+                (x.mean(0, dtype=float), x.var(0, dtype=float), np.full(x.shape[1], len(x)))
+                for x in rows
+            ]
+            mean, var, _ = merged([np.stack(part) for part in zip(*each, strict=True)])
+            found[split] = Kept(mean, var)
     return found
 
 
@@ -289,20 +302,24 @@ def _channels(x: Array) -> int:
     return x.shape[-1] if x.ndim == 4 and x.shape[-1] <= 4 else 1
 
 
+def paddings(batches: Sequence[Any]) -> list[Array | None]:
+    """Which positions are data, batch by batch (`padded`); all where only others have padding."""
+    found = [padded(batch) for batch in batches]
+    some = next((p for p in found if p is not None), None)
+    return [np.ones_like(some) if p is None and some is not None else p for p in found]
+
+
 def padded(batch: Any) -> Array | None:
-    """Which positions are data, booleans ``[batch, time]``: the batch's own "mask"; else the
-    positions before the zeros at the end of every sequence, where an input ``[batch, time]`` of
-    integers or ``[batch, time, features]`` ends in zeros after different lengths; None without
-    padding."""
+    """Which positions are data, booleans ``[batch, time]``: the batch's own "mask"; else, of
+    integer tokens ``[batch, time]``, the positions before the zeros at the end of every sequence,
+    where sequences end in zeros after different lengths; None without padding."""
     if isinstance(batch, Mapping) and "mask" in batch:
         return np.asarray(batch["mask"]).astype(bool)
     x = _input(batch)
-    if not (x.ndim == 3 or (x.ndim == 2 and np.issubdtype(x.dtype, np.integer))):
+    if x.ndim != 2 or not np.issubdtype(x.dtype, np.integer):
         return None
-    filled = (x.reshape(*x.shape[:2], -1) != 0).any(-1)
-    inside = np.flip(np.logical_or.accumulate(np.flip(filled, 1), axis=1), 1)
-    lengths = inside.sum(1)
-    return inside if len(np.unique(lengths)) > 1 and inside.mean() < 0.95 else None
+    inside = np.flip(np.logical_or.accumulate(np.flip(x != 0, 1), axis=1), 1)
+    return inside if len(np.unique(inside.sum(1))) > 1 and inside.mean() < 0.95 else None
 
 
 def _labels(batches: Sequence[Any]) -> Array | None:
@@ -311,90 +328,3 @@ def _labels(batches: Sequence[Any]) -> Array | None:
         return None
     found = np.stack([np.asarray(y) for y in labels])
     return found if np.issubdtype(found.dtype, np.integer) else None
-
-
-PARTS = (2, 4, 8)  # of a batch, as devices would hold them
-SMALLER = 0.015  # mean |log| by which running variances have to be below those of batches
-
-
-def _in_parts(examined: Examination, batches: Sequence[Any]) -> dict[int, dict[str, Array]]:
-    """The variances at each site with batches whole, and cut into so many parts; {} where running
-    variances are not smaller than those of batches, so that there is nothing to explain."""
-    keepers = [site for site in examined.keepers if not site.made.frozen]
-    whole = {site.path: site.look["var"].mean(0) for site in keepers}
-    logs = [
-        np.log(np.maximum(site.running.var, 1e-30) / np.maximum(whole[site.path], 1e-30))
-        for site in keepers
-        if site.running is not None and np.isfinite(site.running.var).all()
-    ]
-    if not logs or np.concatenate(logs).mean() > -SMALLER:
-        return {}
-    found = {1: whole}
-    for parts in PARTS:
-        if examined.size % parts == 0 and examined.size > parts:
-            args = examined.net, examined.variables
-            each = jax.device_get([passes.within(*args, batch, parts) for batch in batches])
-            found[parts] = {path: np.mean([one[path] for one in each], axis=0) for path in whole}
-    return found
-
-
-# ---- Evaluation with running and with precise statistics
-
-CAP = 20.0  # nats: one example, or one that is not finite, must not decide
-
-
-def _evaluate(examined: Examination, looks: Sequence[Any], batches: Sequence[Any]) -> None:
-    net, variables, keepers = examined.net, examined.variables, examined.keepers
-    precise = with_statistics(variables, {site.path: site.precise for site in keepers})
-    results = {
-        name: jax.device_get([passes.losses(net, given, batch) for batch in batches])
-        for name, given in (("running", variables), ("precise", precise))
-    }
-    for name, found in results.items():
-        examined.outputs[name] = np.concatenate([one.output for one in found])
-        if found[0].loss is not None:
-            examined.losses[name] = _capped(found)
-    if looks[0].loss is not None:
-        examined.losses["batch"] = _capped(looks)
-    for path, site in examined.sites.items():
-        calls = [call for one in results["running"] for call in one.sites.get(path, ())]
-        site.evaluated = _stacked(calls)
-    gap, error = examined.gap()
-    if examined.losses and gap > 3 * error and gap > 0.01:
-        examined.blame = _blame(examined, batches[:BLAMED], precise)
-
-
-def _capped(found: Sequence[Any]) -> Array:
-    losses = np.concatenate([np.asarray(one.loss, float) for one in found])
-    return np.minimum(np.nan_to_num(losses, nan=CAP), CAP)
-
-
-def _blame(examined: Examination, batches: Sequence[Any], precise: Tree) -> dict[str, float]:
-    """For every site the share of the damage that its running statistics do: how much of it goes
-    when only they are mended, or comes when only they are left; the larger of the two."""
-
-    def loss(variables: Tree) -> float:
-        found = [passes.losses(examined.net, variables, batch) for batch in batches]
-        return float(_capped(jax.device_get(found)).mean())
-
-    worst, best = loss(examined.variables), loss(precise)
-    damage = max(worst - best, 1e-6)
-    shares = {}
-    for site in examined.keepers:
-        assert site.running is not None
-        mended = with_statistics(examined.variables, {site.path: site.precise})
-        left = with_statistics(precise, {site.path: site.running})
-        share = max(worst - loss(mended), loss(left) - best) / damage
-        shares[site.path] = float(np.clip(share, 0, 1))
-    return shares
-
-
-def with_statistics(variables: Tree, found: Mapping[str, Any]) -> Tree:
-    """Variables with other running means and variances at some sites, float32."""
-    flat = flatten_dict(variables["batch_stats"]) if found else {}
-    for path, stats in found.items():
-        for name in Kept._fields:
-            where = (*path.split("/"), name)
-            value = jnp.asarray(getattr(stats, name), jnp.float32)
-            flat[where] = value.reshape(np.shape(flat[where]))
-    return {**variables, "batch_stats": unflatten_dict(flat)} if found else variables

@@ -39,8 +39,8 @@ MENDS: Mapping[str, Mend] = {
     ),
     "scope": Mend(
         "nn.BatchNorm(axis_name='batch') where the step is a pmap or shard_map over 'batch', "
-        "without "
-        f"axis_name for statistics per device; to repair what is there: {RECALIBRATE.model}",
+        "without axis_name for statistics per device; to repair what is there: "
+        f"{RECALIBRATE.model}",
         f"{TRAIN}--config.norm.scope=global",
     ),
     "decay_swapped": Mend(
@@ -49,7 +49,7 @@ MENDS: Mapping[str, Mend] = {
     ),
     "half_precision": Mend(
         "variables['batch_stats'] = jax.tree.map(lambda s: s.astype('float32'), "
-        f"variables['batch_stats']), and nn.BatchNorm(force_float32_reductions=True); then "
+        "variables['batch_stats']), and nn.BatchNorm(force_float32_reductions=True); then "
         f"{RECALIBRATE.model}",
         f"{TRAIN}--config.norm.batch.stat_dtype=float32",
     ),
@@ -60,8 +60,7 @@ MENDS: Mapping[str, Mend] = {
     "evaluation_gap": RECALIBRATE,
     "cancellation": Mend(
         "nn.BatchNorm(use_fast_variance=False), or bnresearch.BatchNorm; or subtract a constant "
-        "from "
-        "the input first",
+        "from the input first",
         f"{TRAIN}--config.norm.batch.variance=two_pass",
     ),
     "dropout_before": Mend(

@@ -46,8 +46,7 @@ def write(report: Report, out: Path) -> Path:
     if os.path.lexists(out) and not (out / MARK).is_file() and not _empty(out):
         raise UserError(
             f"{out} is neither empty nor a doctor's page (it has no {MARK}), and would be "
-            "replaced; "
-            "choose another folder"
+            "replaced; choose another folder"
         )
     building = out.with_name(f".{out.name}.new")
     try:
@@ -92,7 +91,8 @@ def _rows(examined: Examination) -> list[list[str]]:
     """The table of sites: path, norm, values, distances, share of the damage."""
     rows = []
     for site in examined.sites.values():
-        z, log_ratio = site.apart() if site.running is not None else (None, None)
+        known = site.running is not None and site.look
+        z, log_ratio = site.apart() if known else (None, None)
         blame = examined.blame.get(site.path)
         rows.append(
             [
@@ -177,14 +177,12 @@ def _by_site(examined: Examination, keepers: list[Site]) -> Picture:
     caption = (
         "How far the running statistics are from the precise ones, site by site in the order of "
         "execution: root mean square over features of the difference of means, and the geometric "
-        "mean "
-        "factor of the variances."
+        "mean factor of the variances."
     )
     if examined.blame:
         caption += (
             " Share of the damage: how much of the rise in evaluation loss goes when only this "
-            "site is "
-            "mended, or comes when only this one is left."
+            "site is mended, or comes when only this one is left."
         )
     return Picture("statistics", "Running statistics against precise ones", caption, tuple(panels))
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnresearch.doctor.structure import how_made
+from bnresearch.doctor.structure import changing, how_made
+from bnresearch.errors import UserError
 from bnresearch.experiment import CPU_INIT
 from bnresearch.moments import moments
-from bnresearch.net import Net
+from bnresearch.net import Net, first_of
 from bnresearch.pooled import set_moments
 from bnresearch.sets import Scope, Sets, align_mask, masked_mean
 from bnresearch.watch import PERTURBATIONS, SEEN, Seen, Watch
@@ -32,7 +33,7 @@ class Pass(NamedTuple):
     Attributes:
       sites: {path: ({quantity: array}, ...)}, one entry per call of the site.
       loss: of each example, ``[batch]``, or None where it is unknown.
-      output: of the model: its floating-point leaves, flat, one row per example.
+      output: of the model, where the loss is unknown: see `_rows`.
       dropped: {path of a dropout: second moment of what goes in}.
       more: what only this pass gives.
     """
@@ -75,7 +76,9 @@ def _looked_at(seen: Seen, padding: Any, first: bool) -> dict[str, jax.Array]:
         mean, square = (masked_mean(value, axes, mask) for value in (x, jnp.square(x)))
         found["fast"] = jnp.maximum(square - jnp.square(mean), 0).reshape(-1)
     if made.low:
-        found["low"] = seen.x.var(axes).astype(jnp.float32)
+        raw = seen.x
+        low = (raw * raw).mean(axes) - jnp.square(raw.mean(axes))  # every step in its dtype
+        found["low"] = jnp.maximum(low, 0).astype(jnp.float32)
     if padding is not None and seen.mask is None and x.shape[: padding.ndim] == padding.shape:
         found |= {f"unpadded_{k}": v for k, v in input_moments(x, padding).items()}
     rows = seen.y.reshape(-1, x.shape[-1])
@@ -90,7 +93,7 @@ def _dropped(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Keeps the second moment of what goes into a dropout."""
     module = context.module
     if isinstance(module, nn.Dropout) and context.method_name == "__call__":
-        square = jnp.square(args[0].astype(jnp.float32))
+        square = jnp.square(first_of(args, kwargs).astype(jnp.float32))
         module.sow(SEEN, DROPPED, square.reshape(-1, square.shape[-1]).mean(0))
     return call(*args, **kwargs)
 
@@ -109,17 +112,17 @@ def look(net: Net, variables: Tree, batch: Any, padding: Any, nothing: Tree) -> 
     def forward(added: Tree) -> Any:
         with nn.intercept_methods(_dropped):
             applied = net.apply(
-                {**variables, PERTURBATIONS: added}, batch, watch=watch, mutable=("batch_stats",)
+                {**variables, PERTURBATIONS: added}, batch, watch=watch, mutable=changing(variables)
             )
         flat = _rows(applied.output)
-        return jnp.vdot(jax.random.normal(jax.random.key(0), flat.shape), flat), (applied, flat)
+        return jnp.vdot(jax.random.normal(jax.random.key(0), flat.shape), flat), applied
 
-    (_, (applied, flat)), gradient = jax.value_and_grad(forward, has_aux=True)(nothing)
+    (_, applied), gradient = jax.value_and_grad(forward, has_aux=True)(nothing)
     felt = jax.tree.map(lambda g: (g.reshape(-1, g.shape[-1]) != 0).any(0), gradient)
     seen, dropped = dict(applied.seen), {}
     for path in [path for path in seen if isinstance(seen[path][0], jax.Array)]:
         dropped[path] = seen.pop(path)[0]
-    return Pass(seen, _loss(net, applied.output, batch), flat, {"felt": felt}, dropped)
+    return Pass(seen, _loss(net, applied.output, batch), None, {"felt": felt}, dropped)
 
 
 @_compiled(0, 4)
@@ -129,10 +132,10 @@ def train(net: Net, variables: Tree, batch: Any, index: Any, dropout: bool) -> P
     watch = Watch(observe=_moments if dropout else None)
     key = jax.random.key(index)
     applied = net.apply(
-        variables, batch, train=True, key=key, watch=watch, mutable=("batch_stats",)
+        variables, batch, train=True, key=key, watch=watch, mutable=changing(variables)
     )
     more = {"batch_stats": applied.mutated.get("batch_stats", {})}
-    return Pass(applied.seen, _loss(net, applied.output, batch), _rows(applied.output), more)
+    return Pass(applied.seen, None, None, more)
 
 
 @_compiled(0)
@@ -144,8 +147,10 @@ def losses(net: Net, variables: Tree, batch: Any) -> Pass:
         return _moments(seen) if seen.path == watch.sites[0] else {}
 
     watch = Watch(use="running", observe=observe)
-    applied = net.apply(variables, batch, watch=watch)
-    return Pass(applied.seen, _loss(net, applied.output, batch), _rows(applied.output))
+    applied = net.apply(variables, batch, watch=watch, mutable=changing(variables))
+    # An output can be large, and is looked at only where there is no loss.
+    output = _rows(applied.output) if net.losses is None else None
+    return Pass(applied.seen, _loss(net, applied.output, batch), output)
 
 
 @_compiled(0, 3)
@@ -155,7 +160,9 @@ def within(net: Net, variables: Tree, batch: Any, parts: int) -> dict[str, jax.A
 
     def one(part: Any) -> dict[str, jax.Array]:
         applied = net.apply(variables, part, watch=Watch(use="batch", observe=_moments))
-        return {path: calls[0]["var"] for path, calls in applied.seen.items()}
+        return {
+            path: sum(c["var"] for c in calls) / len(calls) for path, calls in applied.seen.items()
+        }
 
     cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     return {path: var.mean(0) for path, var in jax.vmap(one)(cut).items()}
@@ -170,6 +177,14 @@ def _loss(net: Net, output: Any, batch: Any) -> Any:
 
 
 def _rows(output: Any) -> jax.Array:
-    """The floating-point leaves of an output as one float32 array, a row per example."""
-    leaves = [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    """The floating-point leaves of an output that have a row per example, as one float32 array."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(output)]
+    floating = [x for x in leaves if x.ndim and jnp.issubdtype(x.dtype, jnp.floating)]
+    size = max((len(x) for x in floating), default=0)
+    leaves = [x for x in floating if len(x) == size]
+    if not leaves:
+        raise UserError(
+            "the model's output has no floating-point array with a row per example, by which the "
+            "effect of its norms could be seen; make call= return such a one"
+        )
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1).astype("f4")

@@ -38,9 +38,14 @@ class Report:
         examined = self.examined
         head = (
             f"{len(examined.sites)} norms, {len(examined.keepers)} of them with running "
-            "statistics; "
-            f"{examined.batches} training batches of {examined.size} examples"
+            f"statistics; {examined.batches} training batches of {examined.size} examples"
         )
+        if examined.left_out:
+            head += f" ({examined.left_out} of another size left out)"
+        if examined.unseen:
+            head += (
+                f"\nNot looked at, since evaluation shows nothing of them: {few(examined.unseen)}"
+            )
         if not self.findings:
             return f"{head}\n\nNothing found.\n"
         parts = [head]
@@ -60,8 +65,8 @@ class Report:
             site.path: {
                 "norm": site.made.name,
                 "decay": site.made.decay,
-                "values": site.values,
-                **({"apart": site.apart()} if site.running is not None else {}),
+                "values": site.values if site.look else None,
+                **({"apart": site.apart()} if site.running is not None and site.look else {}),
                 **({"blame": examined.blame[site.path]} if site.path in examined.blame else {}),
             }
             for site in examined.sites.values()

@@ -1,5 +1,7 @@
 """The doctor for a run of this project: everything that it asks for is in the run's folder."""
 
+import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from bnresearch.state import State
 Batch = dict[str, np.ndarray]
 
 BATCHES = 50
+MOST_BYTES = 2**31  # of pictures that are kept on the host: of large ones fewer batches are taken
 
 
 def diagnose_run(
@@ -52,7 +55,8 @@ def diagnose_run(
     dataset = experiment.program.dataset
     try:
         step, state = restored(experiment, Path(workdir))
-        seen = list(training_batches(experiment, step, batches))
+        fitting = max(4, MOST_BYTES // _batch_bytes(experiment))
+        seen = list(training_batches(experiment, step, min(batches, fitting)))
         evaluated = list(evaluation_batches(experiment, split))
     finally:
         if dataset.sharded_feed:
@@ -72,12 +76,20 @@ def diagnose_run(
         seen,
         evaluated,
         about=about,
-        mended=lambda check: MENDS[check].run.format(workdir=workdir),
+        mended=lambda check: _mend(check, workdir, experiment.config.norm.kind),
         treatment=_treatment(experiment, state),
         scope=scope or declared,
         declared=declared,
         sets=_sets(experiment, variables),
     )
+
+
+def _mend(check: str, workdir: str | Path, kind: str) -> str:
+    """The command, for this folder and this kind of norm."""
+    text = MENDS[check].run.replace("{workdir}_precise", "{precise}")
+    paths = {"workdir": Path(workdir), "precise": Path(f"{Path(workdir)}_precise")}
+    quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
+    return text.format(**quoted).replace("norm.batch.", f"norm.{kind}.")
 
 
 def training_batches(experiment: Experiment, step: int, count: int) -> Iterator[Batch]:
@@ -107,6 +119,12 @@ def evaluation_batches(experiment: Experiment, split: str) -> Iterator[Batch]:
     size, there = config.batch_size, len(whole["label"])
     for start in range(0, max(there - size, 0) + 1, size):
         yield {name: value[start : start + size] for name, value in whole.items()}
+
+
+def _batch_bytes(experiment: Experiment) -> int:
+    """Of a batch in float32."""
+    shape = experiment.program.dataset.info.shape
+    return 4 * experiment.config.data.batch_size * math.prod(shape)
 
 
 def _treatment(experiment: Experiment, state: State) -> Any:

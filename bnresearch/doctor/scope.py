@@ -37,57 +37,71 @@ def _logs(running: np.ndarray, found: np.ndarray) -> np.ndarray:
     return np.log(running[alive] / found[alive])
 
 
+def is_per_device(examined: Examination) -> bool:
+    """Whether running statistics are those of parts of the batch where global ones are wanted."""
+    return examined.scope == "global" and (_differ(examined) or parts_that_fit(examined)[0] > 1)
+
+
+def _differ(examined: Examination) -> bool:
+    return examined.replicas is not None and examined.replicas > 1e-6
+
+
 def scope(examined: Examination) -> Iterator[Finding]:
     """Statistics per device where they should be those of the whole batch, or the reverse."""
-    wanted = examined.scope
     merged = [s.path for s in examined.keepers if s.made.axis_name is not None]
-    if examined.replicas is not None and wanted == "global" and examined.replicas > 1e-6:
+    if examined.declared and examined.declared != examined.scope:
+        yield _declared(examined)
+    elif examined.scope == "device" and merged:
+        name = examined.sites[merged[0]].made.axis_name
+        yield Finding(
+            "scope",
+            "serious",
+            "Statistics are merged over devices",
+            f"axis_name={name!r} at {few(merged)} merges them, but those of each device were "
+            "wanted.",
+            merged,
+            mend="nn.BatchNorm(axis_name=None) at these sites",
+        )
+    elif examined.scope == "global" and _differ(examined):
         yield Finding(
             "scope",
             "serious",
             "Every device keeps statistics of its own",
-            f"The variables have one copy per device, and their running statistics differ by up to "
+            "The variables have one copy per device, and their running statistics differ by up to "
             f"{examined.replicas:.1%}: each device saw only its part of the batch, and what is "
             "evaluated depends on which copy is taken.",
             tuple(examined.structure.keepers),
             {"difference of replicas": examined.replicas},
         )
-        return
-    if wanted == "device" and merged:
-        yield Finding(
-            "scope",
-            "serious",
-            "Statistics are merged over devices",
-            f"axis_name={examined.sites[merged[0]].made.axis_name!r} at {few(merged)} merges "
-            "them, but "
-            "those of each device were wanted.",
-            merged,
-        )
-    if examined.declared and examined.declared != wanted:
-        yield Finding(
-            "scope",
-            "serious",
-            f"Statistics are taken per {examined.declared}"
-            if examined.declared == "device"
-            else "Statistics are taken over the whole batch",
-            f"The config takes them so (norm.scope), but {wanted} ones were wanted.",
-            tuple(examined.structure.keepers),
-        )
-        return
+    elif is_per_device(examined):
+        yield _in_parts(examined)
+
+
+def _declared(examined: Examination) -> Finding:
+    there, wanted = examined.declared, examined.scope
+    return Finding(
+        "scope",
+        "serious",
+        "Statistics are taken per device" if there == "device" else "Statistics are global",
+        f"norm.scope of the config makes them {WORDS[there]}, but {WORDS[wanted]} was wanted.",
+        tuple(examined.structure.keepers),
+        mend=f"python -m bnresearch train --config=... --workdir=... --config.norm.scope={wanted}",
+    )
+
+
+WORDS = {"global": "those of the whole batch", "device": "those of each device"}
+
+
+def _in_parts(examined: Examination) -> Finding:
     parts, misfit = parts_that_fit(examined)
-    if parts > 1 and wanted == "global":
-        off = math.sqrt(misfit[1])
-        yield Finding(
-            "scope",
-            "serious",
-            "Running statistics are those of parts of the batch",
-            "The running variances differ from those of the data by a factor of "
-            f"{math.exp(off):.3g}, "
-            f"but by only {math.exp(math.sqrt(misfit[parts])):.3g} from what {parts} equal parts "
-            "of a "
-            "batch have within themselves: the statistics were taken per device, or variances "
-            "were "
-            "averaged over devices.",
-            tuple(examined.structure.keepers),
-            {"parts": parts, "misfit": misfit},
-        )
+    off, left = (math.exp(math.sqrt(misfit[number])) for number in (1, parts))
+    return Finding(
+        "scope",
+        "serious",
+        "Running statistics are those of parts of the batch",
+        f"The running variances differ from those of the data by a factor of {off:.3g}, but by "
+        f"only {left:.3g} from what batches cut into {parts} parts have: the statistics were "
+        "taken per device, or variances were averaged over devices.",
+        tuple(examined.structure.keepers),
+        {"parts": parts, "misfit": misfit},
+    )

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bnresearch.doctor.examine import Examination, Site, pooled
+from bnresearch.doctor.examine import Examination, Site, distance, pooled
 from bnresearch.doctor.finding import Finding, few
+from bnresearch.doctor.statistics import hurts
 from bnresearch.doctor.structure import Maker
-from bnresearch.pooled import Moments
 
 LOST = 0.05  # relative error of a variance from which on digits are lost
 SHIFT, BIG_SHIFT = 0.03, 0.2  # |log| of a variance ratio worth a word, a serious one
@@ -32,9 +32,8 @@ def not_finite(examined: Examination) -> Iterator[Finding]:
             "serious",
             "What goes into a norm is not finite",
             f"In the order of execution {lost[0]} is the first site with NaN or infinity in its "
-            "input, "
-            "under the statistics of the batch itself: a weight in front of it is not finite, or a "
-            "batch is not.",
+            "input, under the statistics of the batch itself: a weight in front of it is not "
+            "finite, or a batch is not.",
             lost,
         )
 
@@ -55,8 +54,8 @@ def wrong_use(examined: Examination) -> Iterator[Finding]:
             "wrong_use",
             "serious",
             "Training normalises with running statistics",
-            f"A training call of the model takes the running statistics at {few(running)}, so that "
-            "they never move and no gradient goes through the statistics of the batch.",
+            f"A training call of the model takes the running statistics at {few(running)}, so "
+            "that they never move and no gradient goes through the statistics of the batch.",
             running,
         )
     if batch:
@@ -100,14 +99,15 @@ def double(examined: Examination) -> Iterator[Finding]:
             if call.maker is not None and call.maker.what == "norm":
                 found[path] = call.maker.path
     if found:
+        keepers = examined.structure.keepers
+        noise = any(path in keepers and before in keepers for path, before in found.items())
         pairs = few([f"{path} on {before}" for path, before in found.items()])
         yield Finding(
             "double",
             "warning",
             "A norm stands on the output of a norm",
-            f"{pairs}: the first one's scale and bias are normalised away again, and twice the "
-            "noise "
-            "of the batch goes in.",
+            f"{pairs}: the second one normalises again what the first one has normalised"
+            + (", and the noise of the batch comes in twice." if noise else "."),
             list(found),
         )
 
@@ -117,7 +117,8 @@ def bias_before(examined: Examination) -> Iterator[Finding]:
     found = {}
     for path in examined.structure.keepers:
         for call in examined.structure.training[path]:
-            if call.maker is not None and call.maker.what == "linear" and call.maker.bias:
+            biased = call.maker is not None and call.maker.what == "linear" and call.maker.bias
+            if call.maker is not None and biased and call.use == "batch":
                 found[path] = call.maker.path
     if found:
         yield Finding(
@@ -125,8 +126,7 @@ def bias_before(examined: Examination) -> Iterator[Finding]:
             "note",
             "A bias before a norm does nothing",
             f"The bias of {few(list(found.values()))} is subtracted again by the norm behind it; "
-            "its "
-            "gradient is 0, and weight decay or rounding is all that moves it.",
+            "its gradient is 0, and weight decay or rounding is all that moves it.",
             list(found),
         )
 
@@ -145,8 +145,8 @@ def few_values(examined: Examination) -> Iterator[Finding]:
         "serious" if least <= VERY_FEW else "warning",
         "Statistics are taken over too few values",
         f"One set has {least:.0f} values at {few(sites)} (batches of {examined.size}{cut}): its "
-        f"standard deviation scatters by about {gain:.0%}, which is noise in "
-        "training that evaluation does not have.",
+        f"standard deviation scatters by about {gain:.0%}, which is noise in training that "
+        "evaluation does not have.",
         sites,
         {"values": {path: values[path] for path in sites}},
     )
@@ -173,8 +173,7 @@ def cancellation(examined: Examination) -> Iterator[Finding]:
             "serious",
             "The variance loses its digits",
             f"At {path} a mean is {offset_of:,.0f} standard deviations, and E[x^2] - E[x]^2 in "
-            "float32 "
-            f"gives a variance that is off by {error_of:.0%}; in two passes it is exact.",
+            f"float32 gives a variance that is off by {error_of:.0%}; in two passes it is exact.",
             sorted(found, key=lambda p: -found[p][0]),
             {"relative error": {p: e for p, (e, _) in found.items()}},
         )
@@ -206,13 +205,19 @@ def dropout_before(examined: Examination) -> Iterator[Finding]:
     foretold = f", {said[path]:.3g} predicted" if path in said else ""
     yield Finding(
         "dropout_before",
-        "serious" if largest > BIG_SHIFT else "warning" if largest > SHIFT else "note",
+        _severity(largest, hurts(examined)),
         "Dropout before a norm shifts its variance",
-        f"At {path} the variance in evaluation is {measured[path]:.3g} times that in training"
-        f"{foretold}: the running statistics are those of training.",
+        f"At {path} the variance in evaluation is {measured[path]:.3g} times that in "
+        f"training{foretold}: the running statistics are those of training.",
         list(measured),
         {"measured": measured, "predicted": said},
     )
+
+
+def _severity(shift: float, harmful: bool) -> str:
+    if shift > BIG_SHIFT and harmful:
+        return "serious"
+    return "warning" if shift > SHIFT else "note"
 
 
 def _dropout_of(examined: Examination, site: Site) -> Maker | None:
@@ -286,8 +291,8 @@ def scale_decay(examined: Examination) -> Iterator[Finding]:
         "scale_decay",
         "warning",
         "Weight decay acts on the scales of norms",
-        f"Without a gradient the optimizer shrinks scale or bias at {few(paths)}; their scales are "
-        f"{size:.2g} on average. It pulls the signal to zero rather than the weights.",
+        f"Without a gradient the optimizer shrinks scale or bias at {few(paths)}; their scales "
+        f"are {size:.2g} on average. It pulls the signal to zero rather than the weights.",
         paths,
         {"mean scale": size},
     )
@@ -308,15 +313,14 @@ def scale_zero(examined: Examination) -> Iterator[Finding]:
             "serious" if found[path] > MOST else "warning",
             "Scales near zero",
             f"{found[path]:.0%} of the scales at {path} are below {NOTHING:g}: these channels "
-            "carry "
-            "nothing but their bias.",
+            "carry nothing but their bias.",
             sorted(found, key=lambda p: -found[p]),
             {"share": found},
         )
 
 
 def dead(examined: Examination) -> Iterator[Finding]:
-    """Channels that nothing behind them sees, or that are constant: they cannot learn any more."""
+    """Channels that no gradient reaches, or that are constant: they cannot learn any more."""
     found = {}
     for site in examined.sites.values():
         if not site.look or not _finite(site):
@@ -324,19 +328,20 @@ def dead(examined: Examination) -> Iterator[Finding]:
         constant = np.asarray(site.look["constant"].astype(bool).all(0))
         scales = np.ones(len(constant)) if site.scale is None else np.abs(site.scale)
         felt = site.felt if len(site.felt) == len(constant) else np.ones_like(constant)
-        lost = (constant & (scales >= NOTHING)) | ~felt
-        share = float(np.mean(lost))
+        share = float(np.mean((constant & (scales >= NOTHING)) | ~felt))
         if share >= SOME:
             found[site.path] = share
+    # Nothing at all: behind stop_gradient, or a layer that starts at zero, on purpose.
+    partly = {path: share for path, share in found.items() if share < 1}
     if found:
-        path = max(found, key=found.__getitem__)
+        path = max(partly or found, key=found.__getitem__)
         yield Finding(
             "dead",
-            "serious" if found[path] >= MOST else "warning",
+            "serious" if partly and partly[path] >= MOST else "warning",
             "Dead channels",
-            f"{found[path]:.0%} of the channels at {path} are constant, or have no influence on "
-            "the "
-            f"output for any of {examined.batches} batches (a ReLU behind them never opens).",
+            f"{found[path]:.0%} of the channels at {path} are constant, or no gradient of the "
+            f"output reaches them in any of {examined.batches} batches: a ReLU behind them never "
+            "opens, weights behind them are 0, or a stop_gradient stands there.",
             sorted(found, key=lambda p: -found[p]),
             {"share": found},
         )
@@ -352,7 +357,7 @@ def padding(examined: Examination) -> Iterator[Finding]:
         if "unpadded_mean" not in site.look:
             continue
         inside, everything = pooled(site.look, "unpadded_"), site.precise
-        found = {**found, site.path: _shift(everything, inside)}
+        found = {**found, site.path: distance(everything, inside)}
     worst = {path: max(shift) for path, shift in found.items()}
     if not worst or max(worst.values()) < SHIFT:
         return
@@ -363,20 +368,8 @@ def padding(examined: Examination) -> Iterator[Finding]:
         "serious" if worst[path] > 0.1 else "warning",
         "Padding counts as data",
         f"{examined.padding:.0%} of the positions are padding, and the norms get no mask: at "
-        f"{path} "
-        f"the mean is off by {mean:.2g} standard deviations and the variance by a factor of "
-        f"{math.exp(log_ratio):.3g}.",
+        f"{path} the mean is off by {mean:.2g} standard deviations and the variance by a factor "
+        f"of {math.exp(log_ratio):.3g}.",
         [p for p in found if worst[p] >= SHIFT],
         {"padded": examined.padding, "shift": found},
     )
-
-
-def _shift(one: Moments, other: Moments) -> tuple[float, float]:
-    """Root mean square over features of the difference of means, in deviations; mean |log| of the
-    ratio of variances."""
-    alive = (one.var > 1e-10) & (other.var > 1e-10)
-    if not alive.any():
-        return 0.0, 0.0
-    m, v = one.mean[alive] - other.mean[alive], other.var[alive]
-    logs = np.abs(np.log(one.var[alive] / v))
-    return float(np.sqrt(np.mean(np.square(m) / v))), float(logs.mean())

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bnresearch.doctor.examine import Examination, Site
+from bnresearch.doctor.examine import ALIVE, Examination, Site, distance
 from bnresearch.doctor.finding import Finding, few
-from bnresearch.doctor.scope import parts_that_fit
+from bnresearch.doctor.scope import is_per_device
+from bnresearch.net import cross_entropy
 
 APART_MEAN, APART_VAR = 0.25, 0.25  # from where on running statistics are not the precise ones
 HURTS = 0.1  # nats: a loss that is so much larger is worth a serious word
@@ -26,18 +27,33 @@ SLOW = 0.98  # a memory of 50 steps
 def hurts(examined: Examination) -> bool:
     """Whether evaluation is clearly worse with running than with precise statistics."""
     gap, error = examined.gap()
-    return gap > max(HURTS, 3 * error) if examined.losses else gap > HURTS_OUTPUT
+    if not examined.losses:
+        return gap > HURTS_OUTPUT
+    enough = HURTS
+    if examined.net.losses is not cross_entropy:  # of a loss in unknown units a tenth
+        enough = 0.1 * abs(float(examined.losses["precise"].mean()))
+    return gap > max(enough, 3 * error)
 
 
 def deviates(site: Site) -> bool:
-    """Whether running statistics are further from the precise ones than their noise explains: that
-    of an exponential average, sqrt((1 - d) / (1 + d)) of that of a batch, and that of the precise
-    ones themselves."""
-    z, log_ratio = site.apart()
+    """Whether running statistics are further from those of training than noise explains: of the
+    mean, that of an exponential average, sqrt((1 - d) / (1 + d)) of that of a batch, and that of K
+    batches together; of the variance the same of sqrt(2 / n), and the 1 / n that it lacks."""
+    assert site.running is not None
+    z, log_ratio = distance(site.running, site.expected, site.made.epsilon)
     decay = 0.9 if site.made.decay is None else site.made.decay
-    spread = np.sqrt(np.mean(site.look["mean"].var(0) / (site.precise.var + site.made.epsilon)))
-    noise = spread * math.sqrt((1 - decay) / (1 + decay) + 1 / len(site.look["mean"]))
-    return z > max(APART_MEAN, 4 * noise) or log_ratio > APART_VAR
+    count = len(site.look["mean"])
+    scatter = math.sqrt((1 - decay) / (1 + decay) + 1 / count)
+    spread = max(batch_spread(site), 1 / math.sqrt(site.values) if count < 2 else 0.0)
+    lacking = math.sqrt(2 / max(site.values - 1, 1)) * scatter * 4 + 1 / site.values
+    return z > max(APART_MEAN, 4 * spread * scatter) or log_ratio > max(APART_VAR, lacking)
+
+
+def batch_spread(site: Site) -> float:
+    """Standard deviation of batch means over that of the data, root mean square over features; of
+    several calls of a site in a batch, each by itself."""
+    calls = site.look["mean"].reshape(-1, site.calls, site.look["mean"].shape[-1])
+    return math.sqrt(np.mean(calls.var(0).mean(0) / (site.precise.var + site.made.epsilon)))
 
 
 def is_broken(site: Site) -> bool:
@@ -45,8 +61,8 @@ def is_broken(site: Site) -> bool:
     mean, var = site.running
     if not np.isfinite([mean, var]).all() or (var < 0).any():
         return True
-    scale = site.precise.var + site.made.epsilon
-    far = np.abs(mean - site.precise.mean) / np.sqrt(np.maximum(scale, 1e-12)) > DIVERGED
+    scale = site.expected.var + site.made.epsilon
+    far = np.abs(mean - site.expected.mean) / np.sqrt(np.maximum(scale, 1e-12)) > DIVERGED
     return bool((var / scale > DIVERGED).any() or far.any()) and start_share(site)[1] < FITS
 
 
@@ -62,8 +78,10 @@ def start_share(site: Site) -> tuple[float, float]:
     After t updates with decay d it is d^t.
     """
     assert site.running is not None
-    m, v = site.precise.mean, np.maximum(site.precise.var, 1e-12)
-    deviation = np.concatenate([(site.running.mean - m) / np.sqrt(v), (site.running.var - v) / v])
+    alive = site.expected.var > ALIVE
+    m, v = site.expected.mean[alive], site.expected.var[alive] + site.made.epsilon
+    rm, rv = (x[alive] for x in site.running)
+    deviation = np.concatenate([(rm - m) / np.sqrt(v), (rv - v) / v])
     towards = np.concatenate([-m / np.sqrt(v), (1 - v) / v])
     if not np.isfinite(deviation).all():
         return 0.0, 0.0
@@ -80,17 +98,18 @@ def is_young(site: Site) -> bool:
 def causes(examined: Examination) -> dict[str, str]:
     """The check that explains what is wrong with the statistics of each site, "" for nothing."""
     found = {}
-    per_device = parts_that_fit(examined)[0] > 1
+    per_device = is_per_device(examined)
+    still = examined.frozen | (examined.treatment.still if examined.treatment else frozenset())
     for site in examined.keepers:
         if is_broken(site):
             found[site.path] = "broken"
-        elif site.made.frozen:
+        elif site.made.frozen or site.path in still:
             found[site.path] = ""  # constants, on purpose
         elif is_untouched(site):
             found[site.path] = "never_updated"
         elif is_young(site):
             found[site.path] = "young"
-        elif per_device or examined.replicas:
+        elif per_device:
             found[site.path] = "scope"
         elif site.made.decay is not None and site.made.decay <= SWAPPED:
             found[site.path] = "decay_swapped"
@@ -126,8 +145,7 @@ def _apart_in_words(sites: list[Site]) -> str:
     z, log_ratio = worst.apart()
     return (
         f"at {worst.path} the running means are {z:.2g} standard deviations from those of the "
-        "data, "
-        f"the variances a factor of {math.exp(log_ratio):.3g}"
+        f"data, the variances a factor of {math.exp(log_ratio):.3g}"
     )
 
 
@@ -177,7 +195,7 @@ def never_updated(examined: Examination) -> Iterator[Finding]:
         + (
             "what it returns in batch_stats was not kept."
             if moving
-            else "it does not make batch_stats mutable, or normalises with running statistics."
+            else "it normalises with running statistics."
         ),
         _paths(sites),
     )
@@ -193,21 +211,16 @@ def young(examined: Examination) -> Iterator[Finding]:
     share, decay = shares[largest.path], largest.made.decay
     steps = ""
     if decay is not None and 0 < decay < 1:
-        after = math.log(max(share, 1e-6)) / math.log(decay)
+        after = max(math.log(max(share, 1e-6)) / math.log(decay), 1)
         needed = math.log(0.01) / math.log(decay)
-        steps = (
-            f" as after about {max(after, 1):,.0f} updates at decay {decay:g}; it takes "
-            f"{needed:,.0f} "
-            "until they weigh 1 %"
-        )
-    serious = hurts(examined) or share > 0.5
+        steps = f", as after about {after:,.0f} updates at decay {decay:g}; it takes {needed:,.0f} "
+        steps += "until they weigh 1 %"
     yield Finding(
         "young",
-        "serious" if serious else "warning",
+        "serious" if hurts(examined) else "warning",
         "Running statistics are too young",
         f"At {largest.path} the starting values (mean 0, variance 1) still weigh "
-        f"{share:.0%},{steps}; "
-        f"{_gap_in_words(examined)}.".replace(",;", ";"),
+        f"{share:.0%}{steps}; {_gap_in_words(examined)}.",
         _paths(sites),
         {"weight of the start": shares},
     )
@@ -219,7 +232,10 @@ def decay_swapped(examined: Examination) -> Iterator[Finding]:
     sites = [
         site
         for site in examined.keepers
-        if site.made.decay is not None and site.made.decay <= SWAPPED and not site.made.frozen
+        if site.made.decay is not None
+        and site.made.decay <= SWAPPED
+        and not site.made.frozen
+        and site.path not in examined.frozen
     ]
     if not sites:
         return
@@ -232,10 +248,8 @@ def decay_swapped(examined: Examination) -> Iterator[Finding]:
         "serious" if decay <= 0.3 else "warning",
         "The decay of running statistics is small, as if it were torch's momentum",
         f"decay={decay:g} at {few(_paths(sites))} keeps {decay:.0%} of the old at every step "
-        "(torch's "
-        f"momentum={decay:g} keeps {1 - decay:.0%}): the running mean scatters by {noise:.2g} of "
-        "what "
-        f"a single batch does, {noise / usual:.2g} times as much as at 0.9; "
+        f"(torch's momentum={decay:g} keeps {1 - decay:.0%}): the running mean scatters by "
+        f"{noise:.2g} of what a single batch does, {noise / usual:.2g} times as much as at 0.9; "
         f"{_gap_in_words(examined)}.",
         _paths(sites),
         {"decay": decay},
@@ -252,18 +266,16 @@ def half_precision(examined: Examination) -> Iterator[Finding]:
             "serious",
             "Running statistics are kept in half precision",
             f"They are {kept[0].dtype} at {few(_paths(kept))}. With 8 bits an average of decay "
-            "0.99 "
-            "stops moving at some 80 % of where it should go.",
+            "0.99 stops moving at some 80 % of where it should go.",
             _paths(kept),
         )
     if computed:
         yield Finding(
             "half_precision",
-            "warning",
+            "serious" if max(map(_low_input, computed)) > 0.25 else "warning",
             "Batch statistics are computed in half precision",
             f"The sums over the batch take the dtype of the input at {few(_paths(computed))}; "
-            "there "
-            f"the variances are off by up to {max(map(_low_input, computed)):.1%}.",
+            f"there the variances are off by up to {max(map(_low_input, computed)):.1%}.",
             _paths(computed),
         )
 

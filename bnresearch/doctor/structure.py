@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from flax.errors import FlaxError
 from flax.traverse_util import unflatten_dict
 
 from bnresearch import batchnorm
+from bnresearch.errors import UserError
+from bnresearch.fit import does_not_go_through
 from bnresearch.layers import Norm
-from bnresearch.net import Net
+from bnresearch.net import Net, first_of
 from bnresearch.norm import kind_of
 from bnresearch.watch import NAME, Seen, Watch
 
@@ -94,7 +97,9 @@ def structure(net: Net, variables: Tree, batch: Any) -> Structure:
     training, evaluation = (
         {path: tracker.calls.get(path, []) for path in trackers[0].made} for tracker in trackers
     )
-    outputs = unflatten_dict(trackers[1].outputs)
+    # One array is added to all calls of a site: none where these differ in shape.
+    alike = {k: v for k, v in trackers[1].outputs.items() if k not in trackers[1].unlike}
+    outputs = unflatten_dict(alike)
     return Structure(trackers[0].made, training, evaluation, trackers[0].dropouts, outputs)
 
 
@@ -107,6 +112,7 @@ class _Tracker:
     calls: dict[str, list[Called]] = field(default_factory=dict)
     dropouts: dict[str, float] = field(default_factory=dict)
     outputs: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    unlike: set[tuple[str, ...]] = field(default_factory=set)
     makers: dict[int, Maker] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)  # or an id could come again
 
@@ -116,11 +122,16 @@ class _Tracker:
         def forward(variables: Tree, batch: Any) -> Any:
             with nn.intercept_methods(self._module):
                 applied = net.apply(
-                    variables, batch, train=self.train, watch=watch, mutable=("batch_stats",)
+                    variables, batch, train=self.train, watch=watch, mutable=changing(variables)
                 )
             return applied.output
 
-        jax.eval_shape(forward, variables, batch)
+        try:
+            jax.eval_shape(forward, variables, batch)
+        except (AttributeError, FlaxError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise does_not_go_through(batch, 0, error) from error
 
     def _norm(self, seen: Seen) -> Mapping[str, Any]:
         maker = self.makers.get(id(seen.x))
@@ -128,18 +139,23 @@ class _Tracker:
         masked = seen.mask is not None
         self.calls.setdefault(seen.path, []).append(Called(seen.use, masked, maker))
         self._remember(seen.y, Maker(seen.path, "norm", before=maker))
-        shape = jax.ShapeDtypeStruct(seen.y.shape, seen.y.dtype)
-        self.outputs[(*seen.path.split("/"), NAME)] = shape
+        where, shape = (
+            (*seen.path.split("/"), NAME),
+            jax.ShapeDtypeStruct(seen.y.shape, seen.y.dtype),
+        )
+        if self.outputs.setdefault(where, shape) != shape:
+            self.unlike.add(where)
         return {}
 
     def _module(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
         module = context.module
-        if context.method_name != "__call__" or id(y) in self.makers or not args:
+        x = first_of(args, kwargs)
+        if context.method_name != "__call__" or id(y) in self.makers:
             return y
-        before, path = self.makers.get(id(args[0])), "/".join(module.path)
+        before, path = self.makers.get(id(x)), "/".join(module.path)
         if isinstance(module, nn.Dropout):
-            rate = float(module.rate) if self.train and y is not args[0] else 0.0
+            rate = float(module.rate) if self.train and y is not x else 0.0
             if rate:
                 self.dropouts[path] = rate
                 self._remember(y, Maker(path, "dropout", rate=rate, before=before))
@@ -152,7 +168,12 @@ class _Tracker:
         self.kept.append(y)
 
 
-LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.DenseGeneral, nn.Einsum)
+LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)  # with one bias per feature
+
+
+def changing(variables: Tree) -> tuple[str, ...]:
+    """The collections that a call may change: all but the parameters."""
+    return tuple({"batch_stats", *variables} - {"params"})
 
 
 def how_made(seen: Seen) -> Made:

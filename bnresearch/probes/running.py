@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnresearch.moments import moments
+from bnresearch.pooled import Moments, merged
 from bnresearch.sets import Scope, Sets, whole_batch
 from bnresearch.watch import Seen, Watch
 
@@ -63,7 +64,7 @@ def staleness(inside: "Inside") -> Found:
         first = passes[0][path]
         if "running_mean" not in first:
             continue
-        mean, var = pooled([one[path] for one in passes])
+        mean, var, _ = pooled([one[path] for one in passes])
         v, running = var + first["epsilon"], first["running_var"] + np.float64(first["epsilon"])
         shift, ratio = first["running_mean"] - mean, np.log(running / v)
         found[path] = {
@@ -140,13 +141,11 @@ def running_of(seen: Seen, step: Any) -> Values:
     }
 
 
-def pooled(passes: list[Values]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of all values of several batches together, in float64."""
-    mean, var = (np.stack([np.float64(one[name]) for one in passes]) for name in ("mean", "var"))
-    count = np.stack([np.broadcast_to(np.float64(one["count"]), mean.shape[1:]) for one in passes])
-    weight = count / count.sum(0)
-    middle = (weight * mean).sum(0)
-    return middle, (weight * (var + (mean - middle) ** 2)).sum(0)
+def pooled(passes: list[Values]) -> Moments:
+    """Mean and variance of all values of several batches together."""
+    shape = passes[0]["mean"].shape
+    names = ("mean", "var", "count")
+    return merged([np.stack([np.broadcast_to(p[n], shape) for p in passes]) for n in names])
 
 
 def mean_age(decay: float, updates: int) -> float:
