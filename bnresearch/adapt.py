@@ -46,13 +46,15 @@ def check_sites(sites: Mapping[str, Site], what: str) -> None:
     Raises:
       UserError: the first such site, its kind, and what can be done instead.
     """
+    # `corrected` needs the population: what has an update of its own is not taken anew.
+    takes = [k for k in NORMALISING if what != "corrected" or NORMS[k].update is not None]
     for path, site in sites.items():
-        if site.how != "kept" and site.kind in NORMS and site.kind not in NORMALISING:
+        if site.how != "kept" and site.kind in NORMS and site.kind not in takes:
             raise UserError(
                 f"{what} puts a mean and a variance together, but site {path} is of kind "
-                f"{site.kind}, which does not normalise with these two at inference; it can be "
+                f"{site.kind}, which does not normalise with such two at inference; it can be "
                 f"evaluated with running, batch or precise statistics (kinds that take {what}: "
-                f"{', '.join(NORMALISING)})"
+                f"{', '.join(takes)})"
             )
 
 

@@ -18,13 +18,14 @@ from bnresearch.experiment import Experiment, prepare
 from bnresearch.metrics import check_progress, progress
 from bnresearch.parallel import parse_scope
 from bnresearch.run_statistics import run_statistics
-from bnresearch.rundir import open_run, read_config
+from bnresearch.rundir import check_usable, open_run, path_of, read_config
 from bnresearch.state import State
 from bnresearch.stats import STATS, Asked, Statistic
 
 Evaluator = Callable[[State, str], dict[str, float]]
 
 WEIGHTS = ("raw", "averaged")
+ANEW = ("precise", "corrected")  # take their statistics anew themselves
 BATCHES = 100  # of training, over which statistics are taken anew
 
 
@@ -61,7 +62,8 @@ def evaluate_run(
     check_progress(show)
     if batches < 1:
         raise UserError(f"--batches={batches}: statistics are taken over at least 1 batch")
-    name, argument = parse(stats) if stats else (None, None)
+    name, argument = parse(stats) if stats is not None else (None, None)
+    workdir = path_of(workdir)
     _check_save(save, name or ("precise" if weights == "averaged" else "running"))
     config = unresolve(read_config(workdir))
     checkpoints(Path(workdir))
@@ -171,12 +173,16 @@ def with_average(experiment: Experiment, evaluate: Evaluator) -> Evaluator:
     if experiment.config.train.average.name == "none":
         return evaluate
 
+    last: list[State] = []  # a state, and its average: several splits are evaluated at one step
+
     def both(state: State, split: str) -> dict[str, float]:
         found = evaluate(state, split)
         if not state.average["count"]:
             return found
         try:
-            others = evaluate(averaged(experiment, state), split)
+            if not last or last[0] is not state:
+                last[:] = state, averaged(experiment, state)
+            others = evaluate(last[1], split)
         except NotFinite:  # the weights are far off; training ends where it does without an average
             others = dict.fromkeys(found, math.nan)
         return found | {name: others[of] for of, name in average.metrics(others).items()}
@@ -211,6 +217,8 @@ def _average_of(experiment: Experiment, state: State, workdir: Path, stats: str)
             "--weights=averaged with --stats=running: the running statistics are those of the raw "
             "weights, not of their average; take them anew with --stats=precise, the default there"
         )
+    if stats in ANEW:
+        return state.replace(params=state.average["params"])
     return averaged(experiment, state)
 
 
@@ -225,13 +233,18 @@ def _check_save(save: str | Path | None, stats: str) -> None:
             f"--save keeps new running statistics, which --stats=precise makes; {stats} has none "
             "that could be kept"
         )
-    if Path(save).exists():
+    path = path_of(save)
+    if path.exists():
         raise UserError(f"--save={save} is there already; give a folder that is to be made")
+    run = next((parent for parent in path.parents if (parent / "config.json").exists()), None)
+    if run is not None:
+        raise UserError(f"--save={save} lies in the run {run}; give a folder beside it")
+    check_usable(path)
 
 
 def _save(folder: Path, workdir: str | Path, step: int, state: State, message: str) -> None:
     """A run folder with this state as its checkpoint; its status says where that comes from."""
     with open_run(folder, read_config(workdir), list(sys.argv)) as new:
-        with Checkpoints(folder / "checkpoints", keep=1) as kept:
+        with Checkpoints(new.path / "checkpoints", keep=1) as kept:
             kept.save(step, state)
         new.set_status("stopped", step, message)

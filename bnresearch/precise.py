@@ -340,6 +340,7 @@ def recalibrate(
     """
     way = lookup(WAYS, how, "how to recalibrate")
     net = of_model(model, call)
+    _check_batches(batches, count)
     if iter(batches) is batches:
         batches = list(islice(batches, count))
     first = next(iter(batches), None)
@@ -347,7 +348,7 @@ def recalibrate(
         raise UserError("no batch was given to take statistics from; give at least one")
     check_fit(net, variables, first)
     prepared = prepare(net, variables, first)
-    prepared = prepared._replace(compiled=_compiled(net))
+    prepared = prepared._replace(compiled=_compiled(net, _outline(variables, first)))
     require_sites(prepared.sites)
     chosen = _chosen(prepared.sites, only)
     precise = way(prepared, variables, Several(batches, count), chosen)
@@ -360,9 +361,23 @@ def recalibrate(
 
 
 @lru_cache(maxsize=16)
-def _compiled(net: Net) -> dict[Any, Any]:
-    """What is compiled for a net, by the sites that it has."""
+def _compiled(net: Net, outline: str) -> dict[Any, Any]:
+    """What is compiled for a net with variables and batches of these shapes."""
     return {}
+
+
+def _outline(*trees: Tree) -> str:
+    return str(jax.tree.map(lambda leaf: (np.shape(leaf), jax.numpy.result_type(leaf)), trees))
+
+
+def _check_batches(batches: Any, count: Any) -> None:
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(f"count={count!r}; give a whole number of at least 1, or None for all")
+    single = isinstance(batches, Mapping) or hasattr(batches, "shape")
+    if single or not isinstance(batches, Iterable):
+        raise UserError(
+            f"batches are one {type(batches).__name__}; give a list or an iterator of batches: [x]"
+        )
 
 
 class Several:

@@ -123,8 +123,8 @@ def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[s
       InUse: another process is at it (the message names its pid).
     """
     plain = _plain(config)
-    path = _path(workdir)
-    _check_usable(path)
+    path = path_of(workdir)
+    check_usable(path)
     _check_config(path, plain)
     _check_contents(path)
     lock = _take_lock(path)
@@ -149,7 +149,7 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
     """The resolved config of a run; UserError where there is none."""
-    path = _path(workdir)
+    path = path_of(workdir)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a run folder (it has no config.json): give a run's workdir")
     return read_json(path / "config.json")
@@ -157,13 +157,13 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 
 def read_status(workdir: str | Path) -> dict[str, Any] | None:
     """status.json, or None before it was first written; what a power cut leaves can be empty."""
-    path = _path(workdir) / "status.json"
+    path = path_of(workdir) / "status.json"
     return read_json(path) if path.exists() and path.stat().st_size else None
 
 
 def read_result(workdir: str | Path) -> dict[str, Any] | None:
     """result.json, or None for a run that has not ended; UserError where it is no result."""
-    path = _path(workdir) / "result.json"
+    path = path_of(workdir) / "result.json"
     result = read_json(path) if path.exists() else None
     if result is not None and not (
         result.get("status") in STATUSES and isinstance(result.get("step"), int)
@@ -237,7 +237,8 @@ def restored(value: Any) -> Any:
 # ---- Checks, none of which writes
 
 
-def _path(workdir: str | Path) -> Path:
+def path_of(workdir: str | Path) -> Path:
+    """The absolute path that a user means; UserError for what is none."""
     if not str(workdir) or "\0" in str(workdir):
         raise UserError(f"workdir {str(workdir)!r} is not a path: give a folder, such as runs/a")
     try:
@@ -260,7 +261,7 @@ def _unusable(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write to workdir {path}: {error.strerror or error}; {ELSEWHERE}")
 
 
-def _check_usable(path: Path) -> None:
+def check_usable(path: Path) -> None:
     """Refuses a path that is no folder and cannot become one, or one that cannot be written to."""
     try:
         nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))

@@ -149,6 +149,7 @@ def _examples(asked: Asked, weight: float | None) -> dict[str, Any]:
 def _corrected(asked: Asked, _: None) -> dict[str, Any]:
     """As if the example stood in a batch of training; after Singh & Shrivastava (2019)."""
     training = _training(asked, adapt.example_moments)
+    adapt.check_sites(training.prepared.sites, "corrected")
     over = training.batches(asked.experiment, int(asked.state.step), asked.batches)
     given = (training.prepared, training.layout.put(asked.variables), over)
     precise = one_pass(*given, tick=asked.tick(len(over)))
@@ -245,7 +246,8 @@ def _between(name: str, meaning: str, low: float, high: float) -> Callable[[str]
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
             most = "" if high == math.inf else f", at most {high:g}"
-            raise UserError(f"--stats={name}:{text}: {meaning} is a number, at least {low:g}{most}")
+            given = f"{name}:{text}" if text else name
+            raise UserError(f"--stats={given}: {meaning} is a number, at least {low:g}{most}")
         return value
 
     return read

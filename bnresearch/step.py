@@ -188,7 +188,7 @@ def make_train_step(
     """One optimizer step, to be run by ``looped`` or ``single``.
 
     ``meter["bad"]`` of the result says that its loss, gradient or statistics are not finite; the
-    rest of it is then of no use, and those two go back to the state before.
+    rest of it is then of no use: `looped` and `single` go back to the state before.
     """
     gradients = make_gradients(config, dataset, layout)
     steps_per_epoch = dataset.info.examples["train"] / config.data.batch_size
