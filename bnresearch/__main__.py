@@ -5,12 +5,13 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import flags
 
-from bnresearch import arguments
+from bnresearch import arguments, processes
 from bnresearch.errors import Diverged, RunsFailed, Stopped, UserError, lookup
 from bnresearch.imports import without_gc
 from bnresearch.listing import LISTS, summary
@@ -53,14 +54,21 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
     Any value of the config can be overridden: --config.optim.learning_rate=0.3. All keys and their
     defaults are in bnresearch/config.py; `--config=FILE --help` prints those of a file."""
     with without_gc():
-        from bnresearch import train
+        from bnresearch import distributed, processes, train
     from bnresearch.rundir import finite
+    from bnresearch.supervise import supervise
 
     for flag in ("config", "workdir"):
         _require(values, flag)
     command = ["python", "-m", "bnresearch", *sys.argv[1:]]
-    result = train.run(values.config, values.workdir, show=values.progress, command=command)
-    print(json.dumps(finite({"workdir": values.workdir, **result})))
+    plan = processes.plan(values.config.distributed)
+    if plan and not processes.is_child():
+        child = [sys.executable, *sys.orig_argv[1:]]
+        raise SystemExit(supervise(child, plan, values.workdir))
+    with distributed.joined(plan):
+        result = train.run(values.config, values.workdir, show=values.progress, command=command)
+        if distributed.is_first():
+            print(json.dumps(finite({"workdir": values.workdir, **result})))
 
 
 def _eval_flags(argv: list[str], values: flags.FlagValues) -> None:
@@ -101,11 +109,13 @@ def _eval(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _study_flags(argv: list[str], values: flags.FlagValues) -> None:
+    from bnresearch.sweep.slurm import options
+
     flags.DEFINE_string("scale", None, "smoke, quick or full", flag_values=values)
     flags.DEFINE_string("out", None, "the study's folder: made, or continued", flag_values=values)
     help_text = (
         "inline: in this process; local: worker processes; population: runs that differ in numbers "
-        "only as one vmapped program; auto: what suits"
+        "only as one vmapped program; slurm: jobs of a cluster; auto: what suits"
     )
     flags.DEFINE_string("launcher", "auto", help_text, flag_values=values)
     help_text = "worker processes (population: runs at a time); 0: one per GPU or core"
@@ -113,6 +123,7 @@ def _study_flags(argv: list[str], values: flags.FlagValues) -> None:
     help_text = "runs per arm and point, instead of the scale's"
     flags.DEFINE_integer("seeds", None, help_text, 1, flag_values=values)
     flags.DEFINE_boolean("yes", False, "do not ask before a great many runs", flag_values=values)
+    options.define_flags(values)
     _progress_flag(values)
 
 
@@ -122,13 +133,17 @@ def _study(values: flags.FlagValues, argv: list[str]) -> None:
     Runs that diverge are results; runs that fail are named, left out, and tried again by the next
     call. `list studies` shows those that come with the source; docs/own_study.md writes one."""
     from bnresearch import sweep
+    from bnresearch.sweep.slurm import cancel, options
 
     if len(argv) != 1:
         raise UserError(f"study takes one study file, {len(argv)} given; see --help")
     for flag in ("scale", "out"):
         _require(values, flag)
-    workers = values["launcher.workers"].value or 0
-    sweep.check_options(values.launcher, workers, values.progress)
+    workers, cluster = values["launcher.workers"].value or 0, options.from_flags(values)
+    sweep.check_options(values.launcher, workers, values.progress, cluster)
+    if values.cancel:
+        print(f"jobs cancelled: {cancel(os.path.join(values.out, 'runs'))}")
+        return
     with sweep.started_early(values.launcher, workers):
         with without_gc():
             from bnresearch import lab, study
@@ -144,6 +159,7 @@ def _study(values: flags.FlagValues, argv: list[str]) -> None:
             show=values.progress,
             confirmed=values.yes or _agreed(runs),
             command=["python", "-m", "bnresearch", *sys.argv[1:]],
+            cluster=cluster,
         )
     table.show(outcome.definition)
     print(f"\nPage: {outcome.page}")
@@ -329,7 +345,21 @@ def main() -> int:
     return 0
 
 
+def main_with_others() -> None:
+    """The same for one of several processes, which end together."""
+    from bnresearch.distributed import leave
+
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
 if __name__ == "__main__":
+    if processes.is_child():
+        main_with_others()
     code = main()
     gc.freeze()  # or python looks through all that jax has made before it ends: a third of a second
     sys.exit(code)

@@ -170,6 +170,8 @@ class Checkpoints:
                 lightweight_initialize=True,  # else it parses every old checkpoint, sound or not
                 # Made beside the training, a folder that cannot be made ends in a wait of 300 s.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                create=False,
+                multiprocessing_options=_alone(),
             )
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -209,6 +211,21 @@ def _orbax() -> Any:
     return ocp
 
 
+def _alone() -> Any:
+    """Of several processes only one has to do with a folder: it waits for no other."""
+    own = jax.process_index()
+    return _orbax().options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
+
+
+def _reader(handler: Callable[..., Any]) -> Any:
+    options = _alone()
+    return _orbax().Checkpointer(
+        handler(multiprocessing_options=options), multiprocessing_options=options
+    )
+
+
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -243,7 +260,7 @@ def _check(about: Mapping[str, Any]) -> str:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     ocp = _orbax()
-    about = _try(lambda: ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "about"))
+    about = _try(lambda: _reader(ocp.JsonCheckpointHandler).restore(folder / "about"))
     if not isinstance(about, dict) or about.get("check") != _check(about):
         raise Damaged("its description is not what was written")
     if about["schema"] != SCHEMA:
@@ -266,7 +283,7 @@ def _read(folder: Path, template: Any) -> dict[str, np.ndarray]:
     empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
     full = nest({name: array for name, array in empty.items() if array.size})
     args = ocp.args.StandardRestore(full)
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    reader = _reader(ocp.StandardCheckpointHandler)
     arrays = empty | named(_try(lambda: reader.restore(folder / "state", args=args)))
     if digest_of(arrays) != about["digest"]:
         raise Damaged("its values are not those that were saved")
@@ -344,8 +361,13 @@ def _check_same(saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], folder: P
 
 
 def _place(arrays: Mapping[str, np.ndarray], template: Any) -> Any:
-    leaves = [_place_leaf(arrays[name], like) for name, like in named(template).items()]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(template), leaves)
+    leaves = [arrays[name] for name in named(template)]
+    return placed_as(jax.tree.unflatten(jax.tree.structure(template), leaves), template)
+
+
+def placed_as(arrays: Any, template: Any) -> Any:
+    """A tree of numpy arrays, each leaf placed as that of the template is; see ``restore``."""
+    return jax.tree.map(_place_leaf, arrays, template)
 
 
 def _place_leaf(array: np.ndarray, like: Any) -> Any:

@@ -27,6 +27,7 @@ from bnresearch import (
     norm_config,
     optim,
     parallel,
+    processes,
     tasks,
 )
 from bnresearch.conventions import momentum_message
@@ -95,6 +96,7 @@ def _defaults() -> dict[str, Any]:
         probes=probing.defaults(),
         # devices, 0: all there are; kernels, on CPUs: auto | xla | native, see bnresearch.native
         parallel=dict(mode="jit", devices=0, kernels="auto"),
+        distributed=processes.DEFAULTS,  # how several processes of one run find each other
     )
 
 
@@ -263,7 +265,7 @@ def _check_value(key: str, value: Any, default: Any) -> None:
             raise UserError(f"{key}={value} is not a finite number")
         if isinstance(value, float) and abs(value) > LARGEST:
             raise UserError(f"{key}={value} is too large; give a number up to {LARGEST}")
-        if value < 0 and key != "data.workers":
+        if value < 0 and key not in ("data.workers", "distributed.process"):
             raise UserError(f"{key}={value} is negative; give 0 or more")
     limit = UNIT_INTERVAL.get(key)
     if limit is not None and not (value < 1 or (limit and value == 1)):
@@ -319,6 +321,7 @@ def chosen(config: ConfigDict, path: str) -> dict[str, Any]:
 def resolve(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values, with the options of the choices made and no others."""
     chosen = {"schema": SCHEMA, **_resolved(config, ""), "norm": norm_config.resolved(config)}
+    del chosen["distributed"]  # where a run was started is not what it is
     return json.loads(json.dumps(chosen))
 
 

@@ -47,6 +47,30 @@ class SweepStopped(Stopped):
         self.step = 0
 
 
+class JobsGoOn(SweepStopped):
+    """Nobody follows the jobs of a cluster any more; they go on by themselves (exit 75)."""
+
+    def __init__(self, left: int):
+        Exception.__init__(
+            self,
+            f"stopped following, runs to go: {left}; the jobs go on: the same command follows them "
+            "again, with --cancel it ends them",
+        )
+        self.step = 0
+
+
+class JobsCancelled(SweepStopped):
+    """The jobs of a cluster were cancelled (exit 75)."""
+
+    def __init__(self, count: int):
+        Exception.__init__(
+            self,
+            f"jobs cancelled: {count}; what their runs have saved is kept: run the same command to "
+            "submit them again",
+        )
+        self.step = 0
+
+
 class RunsFailed(Exception):
     """A sweep came to its end, but some of its runs did not, or cannot be read (exit 1)."""
 

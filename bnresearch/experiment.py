@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from bnresearch import config as configs
 from bnresearch import data, native, optim
+from bnresearch.data.base import Share
 from bnresearch.errors import UserError
 from bnresearch.initialise import INITS
 from bnresearch.models import MODELS
-from bnresearch.parallel import AXES, Layout, make_layout, parse_scope, pick_devices, placed
+from bnresearch.parallel import AXES, Layout, PmapLayout, make_layout, parse_scope
+from bnresearch.placing import pick_devices, placed
 from bnresearch.probes import options as probing
 from bnresearch.state import INIT, State, empty_meter, stream
 from bnresearch.step import (
@@ -77,7 +79,7 @@ class Program(NamedTuple):
     eval_steps: dict[str, Callable[..., Tree]]
     feeders: dict[str, Feeder]
     together: dict[tuple[str, int], Any]  # of together.py: what trains so many runs at once
-    statistics: dict[Any, Any]  # of precise.py: what takes running statistics anew
+    statistics: dict[Any, Any]  # what takes running ones anew (precise.py), and n (values.py)
     probes: dict[Any, Any]  # of probes/inside.py: what looks inside
 
 
@@ -183,7 +185,7 @@ def _build(config: ConfigDict) -> Program:
         config.data.batch_size,
         config.train.accumulate,
     )
-    dataset = data.load(config.data)
+    dataset = data.load(config.data, _share(config, layout))
     entry = MODELS[config.model.name]
     entry.check(configs.chosen(config, "model"), dataset.info.shape)
     check_rules(config, dataset.info.shape, dataset.info.num_classes)
@@ -222,6 +224,17 @@ def _build(config: ConfigDict) -> Program:
         statistics={},
         probes={},
     )
+
+
+def _share(config: ConfigDict, layout: Layout) -> Share:
+    """Which rows of a batch a stream reads in this process."""
+    size = config.data.eval_batch_size
+    if jax.process_count() > 1 and size % layout.device_count:
+        raise UserError(
+            f"data.eval_batch_size={size} does not divide over the {layout.device_count} devices "
+            f"of {jax.process_count()} processes; choose a multiple of {layout.device_count}"
+        )
+    return Share(jax.process_index(), jax.process_count(), config.train.accumulate)
 
 
 def _by_library(config: ConfigDict, layout: Layout) -> bool:
@@ -270,7 +283,9 @@ def _trace(experiment: Experiment) -> None:
     """Trace the train step: norms and shapes that cannot be are refused here, before compiling."""
     program, layout = experiment.program, experiment.program.layout
     state = jax.eval_shape(program.init, experiment.numbers)
-    _check_memory(state, layout.mesh.devices.flat[0])
+    _check_memory(state, layout.mesh.local_devices[0])
+    if isinstance(layout, PmapLayout) and jax.process_count() > 1:
+        return  # under a trace pmap knows the devices of its own process only
     state = layout.like(state)
     feed = train_feed(experiment, 0, 1)
     jax.eval_shape(program.train, state, feed, experiment.numbers, np.int32(1))
@@ -299,11 +314,22 @@ def initial_state(experiment: Experiment) -> State:
     fit = INITS[experiment.config.init.name].fit
     if fit is None:
         return state
-    dataset, seed = experiment.program.dataset, experiment.seed
     rows = jnp.arange(min(FIRST_LOOK, experiment.config.data.batch_size))
-    batch = dataset.train_batch(dataset.feed(seed, 0), seed, 0, rows)
+    batch = _first_batch(experiment, rows)
     inputs = (state.batch_stats, batch["image"][: len(rows)], experiment.numbers)
     return state.replace(params=fit(experiment.program.forward, state.params, *inputs).params)
+
+
+def _first_batch(experiment: Experiment, rows: jax.Array) -> dict[str, jax.Array]:
+    """Rows of the first batch: of several processes, too, each looks at the whole of it."""
+    dataset, seed = experiment.program.dataset, experiment.seed
+    if not dataset.sharded_feed or jax.process_count() == 1:
+        return dataset.train_batch(dataset.feed(seed, 0), seed, 0, rows)
+    whole = data.load({**experiment.config.data, "workers": 0})
+    try:
+        return whole.train_batch(whole.feed(seed, 0), seed, 0, rows)
+    finally:
+        whole.close()
 
 
 def train_feed(experiment: Experiment, step: int, count: int) -> Tree:
@@ -323,7 +349,7 @@ def eval_step(experiment: Experiment, use: str) -> Callable[..., Tree]:
         divides = mesh.size > 1 and size % mesh.size == 0
         sharding = NamedSharding(mesh, PartitionSpec(AXES)) if divides else None
         step = make_eval_step(config, program.dataset, size, sharding, use=use)
-        program.eval_steps[use] = jax.jit(step)
+        program.eval_steps[use] = jax.jit(step, out_shardings=program.layout.replicated())
     return program.eval_steps[use]
 
 
@@ -335,11 +361,12 @@ def evaluator(experiment: Experiment, use: str) -> Callable[[State, str], dict[s
     """
     config, program = experiment.config, experiment.program
     dataset = program.dataset
-    step, whole = eval_step(experiment, use), NamedSharding(program.layout.mesh, PartitionSpec())
+    step, whole = eval_step(experiment, use), program.layout.replicated()
+    put_feed = program.layout.put_rows if dataset.sharded_feed else lambda x: placed(x, whole)
 
     def evaluate(state: State, split: str) -> dict[str, float]:
         params, batch_stats = placed((state.params, state.batch_stats), whole)
-        put = program.feeders.setdefault(split, Feeder(lambda x: jax.device_put(x, whole)))
+        put = program.feeders.setdefault(split, Feeder(put_feed))
         sums = []
         for index in range(dataset.eval_steps(split)):
             feed = put(dataset.eval_feed(split, index))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bnresearch import measures, records, report, rundir, study
 from bnresearch.errors import UserError
-from bnresearch.sweep import Counts, Job, check_options, sweep
+from bnresearch.sweep import Counts, Job, check_options, slurm, sweep
 
 
 class Outcome(NamedTuple):
@@ -53,26 +53,28 @@ def conduct(
     show: str = "auto",
     confirmed: bool = False,
     command: Sequence[str] | None = None,
+    cluster: slurm.Options | None = None,
 ) -> Outcome:
     """Runs what is missing of a study, decides its claims and writes its page.
 
     Args:
       file, scale, seeds, confirmed: see ``study.plan``.
       out: the study's folder: made, or continued if it holds a study of the same name.
-      launcher, workers, show: see ``sweep``.
+      launcher, workers, show, cluster: see ``sweep``.
       command: recorded in study.json; the command line of this process by default.
 
     Raises:
       UserError: whatever is wrong with the study, its folder or the options.
       SweepStopped: it was asked to stop; the same call goes on.
     """
-    check_options(launcher, workers, show)
+    check_options(launcher, workers, show, cluster)
     started = time.monotonic()
     command = list(command or sys.argv)
     plan = study.plan(study.load(file), file, scale, seeds=seeds, confirmed=confirmed)
     definition = study.describe(plan, command)
     folder = _folder(out, definition)
-    _check_programs(plan, folder)
+    if cluster is None:  # whose nodes have other devices than this machine
+        _check_programs(plan, folder)
     if show != "off":
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -81,7 +83,13 @@ def conduct(
         _write(folder, definition)
     todo = list(jobs(plan))
     counts = sweep(
-        todo, folder / "runs", launcher=launcher, workers=workers, show=show, command=command
+        todo,
+        folder / "runs",
+        launcher=launcher,
+        workers=workers,
+        show=show,
+        command=command,
+        cluster=cluster,
     )
     definition |= _origin(folder, todo) | {"finished": _now()}
     definition |= {"seconds": round(time.monotonic() - started, 3)}

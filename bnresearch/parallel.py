@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnresearch.errors import UserError, lookup
+from bnresearch.placing import addressable, pick_devices, placed
 from bnresearch.sets import Scope
 
 AXES = ("group", "replica")
@@ -88,34 +89,6 @@ def _ghosts_on_devices(scope: str, size: int, local: int, devices: int) -> tuple
         f"norm.scope={scope}: with {local} examples on each of {devices} devices a set would cover "
         "part of a device; choose another N or number of devices, or parallel.mode=jit"
     )
-
-
-def pick_devices(count: int) -> list[jax.Device]:
-    """The first ``count`` devices, or all of them for 0."""
-    devices = jax.devices()
-    if count > len(devices):
-        platform = devices[0].platform
-        hint = f"; JAX_NUM_CPU_DEVICES={count} makes fake ones" if platform == "cpu" else ""
-        raise UserError(
-            f"parallel.devices={count}, but this machine has {len(devices)} {platform} device(s); "
-            f"give 0 to use all{hint}"
-        )
-    return devices[:count] if count else devices
-
-
-def placed(tree: Any, sharding: NamedSharding) -> Any:
-    """``jax.device_put`` of the leaves that do not lie there already: of a whole state it takes as
-    long as a few steps of a small net."""
-    leaves, structure = jax.tree.flatten(tree)
-    away = [
-        index
-        for index, leaf in enumerate(leaves)
-        if not (isinstance(leaf, jax.Array) and leaf.sharding == sharding)
-    ]
-    moved = jax.device_put([leaves[index] for index in away], sharding)
-    for index, leaf in zip(away, moved, strict=True):
-        leaves[index] = leaf
-    return jax.tree.unflatten(structure, leaves)
 
 
 class Layout(ABC):
@@ -223,15 +196,23 @@ class Layout(ABC):
         return tree
 
     def put_batch(self, batch: Any) -> Any:
-        """Spread a host batch ``[batch_size, ...]`` over the devices, by microbatch first."""
-        spec = PartitionSpec(None, AXES)
+        """Spread a host batch ``[batch_size, ...]`` over the devices, by microbatch first; of
+        several processes each gives its own rows (`data.base.Share`)."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXES))
         return jax.tree.map(
-            lambda x: jax.device_put(
-                x.reshape(self.accumulate, self.microbatch, *x.shape[1:]),
-                NamedSharding(self.mesh, spec),
+            lambda x: jax.make_array_from_process_local_data(
+                sharding, x.reshape(self.accumulate, -1, *x.shape[1:])
             ),
             batch,
         )
+
+    def put_rows(self, batch: Any) -> Any:
+        """Spread a host batch for evaluation over the devices; of several processes each gives its
+        own rows. On one process a batch of any size lies on every device."""
+        if jax.process_count() == 1:
+            return jax.device_put(batch, self.replicated())
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXES))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 class JitLayout(Layout):
@@ -321,10 +302,14 @@ class PmapLayout(Layout):
     def mean_over_devices(self, tree: Any) -> Any:
         return jax.lax.psum(tree, PMAP_AXIS)
 
+    @cached_property
+    def _own(self) -> np.ndarray:
+        """The devices of this process: of several, pmap takes and gives what is on those."""
+        own = jax.process_index()
+        return np.array([d for d in self.mesh.devices.flat if d.process_index == own])
+
     def _stacked(self) -> NamedSharding:
-        return NamedSharding(
-            Mesh(self.mesh.devices.reshape(-1), PMAP_AXIS), PartitionSpec(PMAP_AXIS)
-        )
+        return NamedSharding(Mesh(self._own, PMAP_AXIS), PartitionSpec(PMAP_AXIS))
 
     def compile(
         self, step: Callable[..., Any], *, sharded_feed: bool, donate: bool = True
@@ -338,17 +323,18 @@ class PmapLayout(Layout):
         )
 
     def put(self, tree: Any) -> Any:
-        return self._stack(jax.device_put(tree, self.replicated()))
+        whole = NamedSharding(Mesh(self._own, PMAP_AXIS), PartitionSpec())
+        return self._stack(jax.device_put(jax.tree.map(addressable, tree), whole))
 
     @cached_property
     def _stack(self) -> Callable[[Any], Any]:
         def stack(tree: Any) -> Any:
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.device_count, *x.shape)), tree)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(self._own), *x.shape)), tree)
 
         return jax.jit(stack, out_shardings=self._stacked())
 
     def like(self, tree: Any) -> Any:
-        sharding, count = self._stacked(), self.device_count
+        sharding, count = self._stacked(), len(self._own)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), tree
         )
@@ -359,7 +345,7 @@ class PmapLayout(Layout):
     def put_batch(self, batch: Any) -> Any:
         def stack(x: np.ndarray) -> Any:
             local = self.microbatch // self.device_count
-            x = x.reshape(self.accumulate, self.device_count, local, *x.shape[1:])
+            x = x.reshape(self.accumulate, len(self._own), local, *x.shape[1:])
             return jax.device_put(x.swapaxes(0, 1), self._stacked())
 
         return jax.tree.map(stack, batch)

@@ -281,7 +281,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         _check_empty(path)
         return
     # Both with NaN as a string, or it would differ from itself.
-    differing = list(_differences(finite(read_json(path / "config.json")), config))
+    differing = list(differences(finite(read_json(path / "config.json")), config))
     if not differing:
         return
     lines = [f"  {key}: there {there}, now {now}" for key, there, now in differing[:SHOWN]]
@@ -320,12 +320,12 @@ def _check_empty(path: Path) -> None:
         )
 
 
-def _differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def differences(there: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted key, value there, value now) of all leaves that differ; lists are compared whole."""
     if isinstance(there, Mapping) and isinstance(now, Mapping):
         for key in sorted(there.keys() | now.keys()):
             dotted = f"{prefix}.{key}" if prefix else key
-            yield from _differences(there.get(key, _Absent), now.get(key, _Absent), dotted)
+            yield from differences(there.get(key, _Absent), now.get(key, _Absent), dotted)
     # Equal numbers are equal (1 and 1.0), but 1 is not True.
     elif there != now or isinstance(there, bool) != isinstance(now, bool):
         yield prefix, _shown(there), _shown(now)

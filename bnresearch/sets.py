@@ -288,6 +288,7 @@ def gathered(values: jax.Array, scope: Scope, pool: bool = False) -> jax.Array:
     return every.reshape(values.shape[0], -1, *values.shape[2:])
 
 
+@jax.named_scope("whole_batch")
 def whole_batch(sets: Sets, stats: Stats) -> Stats:
     """The moments of the sets pooled to those of the whole batch on all devices, ``[features]``:
     mean of the means; mean of the variances plus variance of the means. One message, if any."""

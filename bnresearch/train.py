@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from bnresearch import diverge, norm_config
+from bnresearch import books, distributed, diverge, norm_config, values
 from bnresearch.checkpoint import Checkpoints, digest
-from bnresearch.config import NEVER
+from bnresearch.config import NEVER, resolve, validate
 from bnresearch.data.cache import cache_folder
 from bnresearch.errors import Diverged, Stopped
 from bnresearch.evaluate import with_average
@@ -30,7 +30,7 @@ from bnresearch.experiment import (
 )
 from bnresearch.metrics import Metrics, check_progress, progress
 from bnresearch.probes import prober
-from bnresearch.rundir import SCHEMA, RunFolder, open_run, read_result, read_status
+from bnresearch.rundir import SCHEMA, RunFolder, read_status
 from bnresearch.signals import stop_requests
 from bnresearch.state import State
 
@@ -68,13 +68,17 @@ def run(
     """
     check_progress(show)
     enable_compilation_cache()
+    if distributed.count() > 1:
+        validate(config)
+        distributed.check_same(resolve(config))
     experiment = prepare(config)
+    show = show if distributed.is_first() else "off"
     try:
         with (
-            open_run(workdir, experiment.resolved, list(command or sys.argv)) as folder,
-            stop_requests() if stop is None else nullcontext(stop) as asked,
+            books.opened(workdir, experiment.resolved, list(command or sys.argv)) as opened,
+            _stop_requests() if stop is None else nullcontext(stop) as asked,
         ):
-            earlier = read_result(workdir)
+            folder, earlier = opened
             result = earlier or _run(experiment, folder, show, asked, tensorboard)
             if not earlier or (read_status(workdir) or {}).get("status") != result["status"]:
                 folder.set_status(result["status"], result["step"], result.get("message"))
@@ -86,6 +90,11 @@ def run(
             experiment.program.dataset.close()
 
 
+def _stop_requests() -> AbstractContextManager[Any]:
+    """What tells that the run is to stop."""
+    return stop_requests() if distributed.count() == 1 else nullcontext(distributed.AgreedStop())
+
+
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told otherwise."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -94,19 +103,26 @@ def enable_compilation_cache() -> None:
 
 
 def _run(
-    experiment: Experiment, folder: RunFolder, show: str, stop: threading.Event, tensorboard: bool
+    experiment: Experiment,
+    folder: RunFolder | books.Onlooker,
+    show: str,
+    stop: threading.Event,
+    tensorboard: bool,
 ) -> dict[str, Any]:
     """Train with the run's books kept: status, checkpoints, metrics, result."""
     started = time.monotonic()
-    with Checkpoints(folder.path / "checkpoints", experiment.config.train.keep) as checkpoints:
+    with books.checkpoints(folder.path, experiment.config.train.keep) as checkpoints:
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
-        folder.about["kernels"] = kernels(experiment)
+        sites = values.of_run(experiment)
+        folder.about |= {"kernels": kernels(experiment), "values": values.record(sites)}
         folder.set_status("running", step)
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):
                 print(f"note: {note}", file=sys.stderr)
-        with Metrics(folder.path, step, tensorboard) as metrics, _progress(show) as bar:
+            for line in values.lines(sites, experiment.config.norm.scope):
+                print(line, file=sys.stderr)
+        with books.metrics(folder.path, step, tensorboard) as metrics, _progress(show) as bar:
             loop = Loop(experiment, folder, checkpoints, metrics, bar)
             try:
                 result = loop.finish(loop.train(state, stop))
@@ -147,9 +163,9 @@ class Loop:
     def __init__(
         self,
         experiment: Experiment,
-        folder: RunFolder,
-        checkpoints: Checkpoints,
-        metrics: Metrics,
+        folder: RunFolder | books.Onlooker,
+        checkpoints: Checkpoints | books.SharedCheckpoints,
+        metrics: Metrics | books.NoMetrics,
         bar: Any,
     ):
         self.experiment, self.program = experiment, experiment.program

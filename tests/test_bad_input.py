@@ -20,7 +20,7 @@ OVERRIDES = {
     # Keys and types.
     "optim.learning_rat=0.1": ("'optim.learning_rat'", "did you mean optim.learning_rate"),
     "model.mlp.width=(8,)": ("'model.mlp.width'", "did you mean model.mlp.widths"),
-    "normalisation=x": ("'normalisation'", "known: data, dtype, init, model, norm"),
+    "normalisation=x": ("'normalisation'", "known: data, distributed, dtype, init, model"),
     "optim.learning_rate=fast": ("optim.learning_rate='fast'", "no float", "such as 0.1"),
     "seed=1.5": ("seed='1.5'", "no int", "such as 0"),
     "optim.sgd.nesterov=maybe": ("optim.sgd.nesterov='maybe'", "no bool", "such as False"),

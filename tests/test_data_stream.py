@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from test_data_tfds import PREPARED, needs_sets, pictures, write_set
+from tfds_tools import same
 
 from bnresearch import data
 from bnresearch.data import stream, views
@@ -44,12 +45,6 @@ def load():
     yield opener
     for dataset in opened:
         dataset.close()
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_stream_has_the_interface_of_a_dataset(load):

@@ -55,6 +55,8 @@ FORBIDDEN = {
     **dict.fromkeys(READERS, ("jax", "flax", "bnresearch.models", "bnresearch.config")),
     "sweep": ("jax", "flax"),  # workers choose their cores first
     "rundir": ("jax", "flax"),
+    "processes": ("jax", "flax"),
+    "supervise": ("jax", "flax"),
     "provenance": ("jax", "flax"),
     "metrics": ("jax", "flax"),
     "jsonl": ("jax", "flax"),
@@ -163,7 +165,13 @@ def test_licence_is_whole():
     assert len(text) > 11000
 
 
-@pytest.mark.parametrize("name", ["scripts/setup.sh", "scripts/test.sh", "scripts/quickstart.sh"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scripts/setup.sh", "scripts/test.sh", "scripts/quickstart.sh"),
+        *("scripts/slurm_train.sbatch", ".ci/run", ".ci/install_slurm.sh"),
+    ],
+)
 def test_scripts_are_sound_bash(name):
     done = subprocess.run(["bash", "-n", ROOT / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

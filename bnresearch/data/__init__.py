@@ -14,7 +14,7 @@ uses.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bnresearch.data.base import Dataset, Source, check_batch, divide
+from bnresearch.data.base import Dataset, Share, Source, check_batch, divide
 from bnresearch.errors import UserError, lookup
 
 DEFAULTS: dict[str, Any] = {
@@ -47,9 +47,10 @@ MOST_BYTES = 32 * 2**30
 IN_MEMORY_BYTES = 2 * 2**30
 
 
-def load(config: Mapping[str, Any]) -> Dataset:
+def load(config: Mapping[str, Any], share: Share = Share()) -> Dataset:
     """The dataset that ``config`` asks for; its fields are those of DEFAULTS.
 
+    Of each batch a stream reads the rows of ``share`` only; a set in memory is whole everywhere.
     Raises UserError for every setting that cannot work, for an unknown name, and for a set that is
     neither prepared on this machine nor can be downloaded.
     """
@@ -61,7 +62,7 @@ def load(config: Mapping[str, Any]) -> Dataset:
     if streams:
         from bnresearch.data.stream import Stream
 
-        return Stream(source, config)
+        return Stream(source, config, share)
     from bnresearch.data.memory import InMemory
 
     return InMemory(source, config)

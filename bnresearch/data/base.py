@@ -5,6 +5,7 @@ Imports neither jax nor grain: worker processes use it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +27,20 @@ class DataInfo(NamedTuple):
     examples: dict[str, int]  # for "train", "validation" and "test"
     mean: tuple[float, ...]  # per channel, on the scale 0..255 of the stored pixels
     std: tuple[float, ...]
+
+
+@dataclass(frozen=True)  # no NamedTuple: index and count are methods of tuples
+class Share:
+    """The rows of each batch that one of several processes reads.
+
+    A training batch of B rows is ``microbatches`` parts of B / microbatches rows, each part
+    ``count`` blocks; this process has block ``index`` of every part, B / count rows. Of an
+    evaluation batch, which is never cut into parts, it has block ``index`` of ``count``.
+    """
+
+    index: int = 0
+    count: int = 1
+    microbatches: int = 1
 
 
 class Source(Protocol):
@@ -70,8 +85,8 @@ class Dataset(Protocol):
     ``eval_batch`` are pure and traceable; they turn a feed into {"image": float32 [b, H, W, C]
     normalised by ``info.mean`` and ``info.std``, "label": int32 [b]}, for evaluation with "mask":
     bool [b]. ``rows`` (int32 [b]) are the positions within the batch that are made here: all of
-    them, or one device's share. A feed with ``sharded_feed`` is one batch and holds these rows
-    only; otherwise it is the whole set, on every device.
+    them, or one device's share. A feed with ``sharded_feed`` is one batch, of which each process
+    gets the rows of its ``Share``; otherwise it is the whole set, on every device.
     """
 
     info: DataInfo
@@ -149,6 +164,21 @@ def check_batch(name: str, batch_size: int, examples: int) -> None:
             f"data.batch_size is {batch_size}, but {name} has {examples} training examples; "
             "choose a smaller batch"
         )
+
+
+def check_share(share: Share, batch_size: int, eval_batch_size: int) -> None:
+    """Refuses batches that the processes cannot divide evenly among themselves."""
+    processes = f"{share.count} process{'es' * (share.count > 1)}"
+    parts = f" in {share.microbatches} microbatches" if share.microbatches > 1 else ""
+    for field, size, whole, cut in (
+        ("batch_size", batch_size, share.count * share.microbatches, parts),
+        ("eval_batch_size", eval_batch_size, share.count, ""),
+    ):
+        if size % whole:
+            raise UserError(
+                f"data.{field} is {size}, but {processes} read equal shares of it{cut}: choose a "
+                f"multiple of {whole}"
+            )
 
 
 def normalise(image: Any, info: DataInfo) -> Any:

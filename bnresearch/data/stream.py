@@ -2,8 +2,8 @@
 
 Training views are random-resized crops (and flips), evaluation views the middle of the picture;
 both come to the device as uint8 and are normalised in the step. Batch ``step`` depends on (seed,
-step) alone, for any number of workers, and reading can start at any step: grain shuffles by formula
-and seeds every example by its number.
+step) alone, for any number of workers and of processes, each of which reads its share only, and
+reading can start at any step: grain shuffles by formula and seeds every example by its number.
 
 Imports no jax: worker processes load this module. (grain itself imports jax where it is installed;
 the workers are told to stay on the CPU and never start a backend.)
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import parent_process
 from typing import Any
 
@@ -22,7 +22,16 @@ import grain
 import numpy as np
 from absl import flags
 
-from bnresearch.data.base import DataInfo, Part, Source, check_batch, divide, normalise
+from bnresearch.data.base import (
+    DataInfo,
+    Part,
+    Share,
+    Source,
+    check_batch,
+    check_share,
+    divide,
+    normalise,
+)
 from bnresearch.data.views import centre_view, random_view
 from bnresearch.errors import UserError, lookup
 
@@ -39,22 +48,26 @@ AHEAD = 2
 
 
 class Stream:
-    """See ``base.Dataset``. A feed is one batch: {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+    """See ``base.Dataset``. A feed is this process's share of one batch of B rows.
 
-    Feeds come fast in the order of their steps; a step out of order restarts the workers there.
+    {"image": uint8 [B / share.count, H, W, C], "label": int32 [B / share.count]}. Put together, the
+    shares of all processes are the same batch for any number of processes. Feeds come fast in the
+    order of their steps; a step out of order restarts the workers there.
     """
 
     sharded_feed = True
     max_steps_per_feed = 1
 
-    def __init__(self, source: Source, config: Mapping[str, Any]):
+    def __init__(self, source: Source, config: Mapping[str, Any], share: Share = Share()):
         self._source, self._size = source, config["image_size"] or _native_size(source)
+        self._share = share
         self._batch, self._eval_batch = config["batch_size"], config["eval_batch_size"]
         self._augment = config["augment"]
         self._workers = config["workers"] if config["workers"] >= 0 else _cores()
         self._parts = divide(source.lengths, config["validation_fraction"], config["split_seed"])
         self.info = _info(source, self._size, self._parts)
         check_batch(source.name, self._batch, self.info.examples["train"])
+        check_share(share, self._batch, self._eval_batch)
         self._readers: dict[str, _Reader] = {}
         # Also when nobody calls close(): at exit grain's own clean-up comes too late and fails with
         # noise.
@@ -90,19 +103,28 @@ class Stream:
         _close_all(self._readers)
 
     def _training(self, seed: int) -> grain.MapDataset:
-        """All training batches of a run, endless, as a formula of their number."""
+        """This process's share of all training batches of a run, endless, by their number."""
         # grain adds the epoch to the seed of a shuffle: without spreading the seeds, epoch 1 of run
         # 0 would have the order of epoch 0 of run 1.
         order, views = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
         part = self._parts["train"]
         view = TrainView(self._source, part, self._size, self._augment)
         numbers = grain.MapDataset.range(len(part.indices)).shuffle(seed=order).repeat()
-        return numbers.random_map(view, seed=views).batch(self._batch)
+        # Seeded by the place in the run, before anything is left to other processes.
+        examples = numbers.random_map(view, seed=views)
+        share = self._share
+        size = self._batch // (share.count * share.microbatches)
+        blocks = examples.batch(size)[share.index :: share.count]
+        if share.microbatches == 1:
+            return blocks
+        return blocks.batch(share.microbatches, batch_fn=_joined)
 
     def _evaluation(self, split: str) -> grain.MapDataset:
         view = EvalView(self._source, self._parts[split], self._size)
         padded = self.eval_steps(split) * self._eval_batch
-        return grain.MapDataset.range(padded).map(view).batch(self._eval_batch).repeat()
+        share = self._share
+        blocks = grain.MapDataset.range(padded).map(view).batch(self._eval_batch // share.count)
+        return blocks[share.index :: share.count].repeat()
 
     def _read(
         self, name: str, batches: grain.MapDataset, seed: int | None, step: int, cycle: int = 0
@@ -179,6 +201,10 @@ class _Reader:
 
     def close(self) -> None:
         self._batches.close()
+
+
+def _joined(blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _close_all(readers: dict[str, _Reader]) -> None:

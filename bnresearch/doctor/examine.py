@@ -127,7 +127,8 @@ class Examination:
       frozen: the sites that the user believes to be frozen.
       scope, declared: over what the user wants statistics, and over what training is known to take
         them: "global", "device"; "" for unknown.
-      sets: into how many sets with statistics of their own training cuts a batch.
+      values: of a run: over how many values a set of its statistics is taken, by site (values.py);
+        {}: over those of whole batches.
       left_out: batches of another size than most, which were not looked at.
       examples: how many were evaluated.
       apart_evaluation: evaluation batches were given, so that they can differ from training.
@@ -149,7 +150,7 @@ class Examination:
     frozen: frozenset[str] = frozenset()
     scope: str = "global"
     declared: str = ""
-    sets: int = 1
+    values: Mapping[str, int] = field(default_factory=dict)
     left_out: int = 0
     examples: int = 0
     losses: dict[str, Array] = field(default_factory=dict)

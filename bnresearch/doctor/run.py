@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnresearch import optim
+from bnresearch import optim, values
 from bnresearch.config import unresolve
 from bnresearch.data.base import SPLITS
 from bnresearch.doctor import EVALUATED, SCOPES, examined_report, treatment_of
@@ -21,7 +21,6 @@ from bnresearch.evaluate import on_one_device, restored
 from bnresearch.experiment import Experiment, prepare
 from bnresearch.net import of_run
 from bnresearch.parallel import parse_scope
-from bnresearch.run_statistics import of_training
 from bnresearch.rundir import read_config
 from bnresearch.state import State
 
@@ -80,7 +79,7 @@ def diagnose_run(
         treatment=_treatment(experiment, state),
         scope=scope or declared,
         declared=declared,
-        sets=_sets(experiment, variables),
+        values=values.of_sets(values.of_run(experiment)),
     )
 
 
@@ -130,11 +129,3 @@ def _batch_bytes(experiment: Experiment) -> int:
 def _treatment(experiment: Experiment, state: State) -> Any:
     optimizer = optim.make_optimizer(experiment.config.optim, experiment.numbers, 1.0)
     return treatment_of(optimizer, state.params)
-
-
-def _sets(experiment: Experiment, variables: Any) -> int:
-    """Into how many sets of statistics training cuts a batch."""
-    if not variables["batch_stats"]:
-        return 1
-    training = of_training(experiment, variables)
-    return max(1, experiment.config.data.batch_size // training.set_size)

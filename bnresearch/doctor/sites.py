@@ -11,10 +11,11 @@ from bnresearch.doctor.examine import Examination, Site, distance, pooled
 from bnresearch.doctor.finding import Finding, few
 from bnresearch.doctor.statistics import hurts
 from bnresearch.doctor.structure import Maker
+from bnresearch.values import FEW
 
 LOST = 0.05  # relative error of a variance from which on digits are lost
 SHIFT, BIG_SHIFT = 0.03, 0.2  # |log| of a variance ratio worth a word, a serious one
-FEW, VERY_FEW = 16, 4  # values per set
+VERY_FEW = 4  # values per set
 NOTHING = 1e-3  # a scale that lets nothing through
 SOME, MOST = 0.05, 0.5  # shares of features
 
@@ -133,13 +134,14 @@ def bias_before(examined: Examination) -> Iterator[Finding]:
 
 def few_values(examined: Examination) -> Iterator[Finding]:
     """Batch statistics over too few values."""
-    values = {s.path: s.values / examined.sets for s in examined.keepers if not s.made.frozen}
+    moving = [s for s in examined.keepers if not s.made.frozen]
+    values = {s.path: examined.values.get(s.path, s.values) for s in moving}
     sites = [path for path, count in values.items() if count < FEW]
     if not sites:
         return
     least = min(values.values())
     gain = 1 / math.sqrt(max(2 * (least - 1), 0.5))
-    cut = f" in {examined.sets} sets" if examined.sets > 1 else ""
+    cut = ", in sets" if least < min(s.values for s in moving) else ""
     yield Finding(
         "few_values",
         "serious" if least <= VERY_FEW else "warning",

@@ -4,6 +4,7 @@ run.py         sweep(): from jobs to counts
 jobs.py        what is to be done, and who does what next
 launchers.py   where jobs run
 population.py  in this process, runs of one program as one vmapped program
+slurm/         as jobs of a cluster
 worker.py      carries them out
 board.py       the live table
 """

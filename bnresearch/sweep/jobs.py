@@ -31,10 +31,17 @@ class Job(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What all jobs of a sweep share: where their folders lie, and the command for status.json."""
+    """What all jobs of a sweep share.
+
+    Attributes:
+      folder: where their folders lie.
+      command: for status.json.
+      cluster: the slurm.Options of the launcher slurm. Where a run takes place is no part of it.
+    """
 
     folder: Path
     command: Sequence[str]
+    cluster: Any = None
 
 
 class Event(NamedTuple):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from bnresearch.sweep.jobs import TICK_SECONDS, Event, Events, Job, Order, Queue
 from bnresearch.sweep.population import population
+from bnresearch.sweep.slurm import slurm
 from bnresearch.sweep.worker import LEFT, record_failure
 
 # Not `-m`: the package has imported its worker by then, of which python would warn.
@@ -309,7 +310,12 @@ def gpus() -> list[str]:
     return [str(n) for n in sorted(int(match[1]) for match in numbers if match)]
 
 
-LAUNCHERS: dict[str, Launcher] = {"inline": inline, "local": local, "population": population}
+LAUNCHERS: dict[str, Launcher] = {
+    "inline": inline,
+    "local": local,
+    "population": population,
+    "slurm": slurm,
+}
 
 
 def choose(jobs: int, workers: int) -> str:

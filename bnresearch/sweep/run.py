@@ -18,6 +18,7 @@ from bnresearch.signals import stop_requests
 from bnresearch.sweep.board import Board, Tally, board
 from bnresearch.sweep.jobs import Event, Job, Order, Queue
 from bnresearch.sweep.launchers import LAUNCHERS, choose
+from bnresearch.sweep.slurm import Options
 
 
 class Counts(NamedTuple):
@@ -43,6 +44,7 @@ def sweep(
     workers: int = 0,
     show: str = "auto",
     command: Sequence[str] | None = None,
+    cluster: Options | None = None,
 ) -> Counts:
     """Brings every job to its end.
 
@@ -55,14 +57,18 @@ def sweep(
         many runs train together; 0: what suits.
       show: progress as "bar" (a table), "lines" or "off"; "auto": a bar on a terminal.
       command: recorded in the runs' status.json; that of this process by default.
+      cluster: what the launcher slurm asks for, and no other launcher takes.
 
     Raises:
-      UserError: an unknown launcher or display, or workers for a launcher that has none.
+      UserError: an unknown launcher or display, options for a launcher that does not take them, or
+        a cluster that refuses.
       SweepStopped: SIGTERM or Ctrl-C; the states are saved, the same call goes on. A second one
-        raises KeyboardInterrupt at once: runs then go on from their newest checkpoints.
+        raises KeyboardInterrupt at once: runs then go on from their newest checkpoints. Jobs of a
+        cluster go on, and are cancelled by a second one.
     """
-    check_options(launcher, workers, show)
-    order = Order(Path(folder).absolute(), list(command or sys.argv))
+    check_options(launcher, workers, show, cluster)
+    cluster = cluster or (Options() if launcher == "slurm" else None)
+    order = Order(Path(folder).absolute(), list(command or sys.argv), cluster)
     known = {job.id: job for job in reversed(list(jobs))}
     known = dict(reversed(known.items()))
     ended = {job: status for job in known if (status := _result(order.folder / job))}
@@ -84,7 +90,7 @@ def sweep(
     return Counts(counts["done"], counts["diverged"], failed, len(ended))
 
 
-def check_options(launcher: str, workers: int, show: str) -> None:
+def check_options(launcher: str, workers: int, show: str, cluster: Options | None = None) -> None:
     """UserError for what `sweep` would not take, before anything is written."""
     check_progress(show)
     lookup({"auto": None, **LAUNCHERS}, launcher, "launcher")
@@ -95,6 +101,13 @@ def check_options(launcher: str, workers: int, show: str) -> None:
             f"{workers} workers given, but the launcher inline has none: it runs everything in "
             "this process; take the launcher local, or leave the workers out"
         )
+    if workers and launcher == "slurm":
+        raise UserError(
+            f"{workers} workers given, but the launcher slurm has none: give how many jobs may run "
+            "at a time with --launcher.parallel"
+        )
+    if cluster is not None and launcher != "slurm":
+        raise UserError(f"options for SLURM given, but the launcher is {launcher}: take slurm")
 
 
 def _result(path: Path) -> str | None:

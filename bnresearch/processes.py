@@ -1,0 +1,174 @@
+"""What a process of a run knows of the others before it has met them, and its supervisor.
+
+How many processes a run has and which this one is, the config says (``distributed``) or whatever
+started it. `supervise.py` starts each as a child; here is what that tells its supervisor.
+
+Imports no jax.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from bnresearch.errors import UserError
+
+BEAT_SECONDS = 1.0
+TOLD = "BNRESEARCH_SUPERVISOR"  # in the environment of a child: file descriptor, host, port, key
+
+DEFAULTS: dict[str, Any] = {
+    "processes": 0,  # how many; 0: what the scheduler says (SLURM, Open MPI, Cloud TPU), else 1
+    "process": -1,  # the number of this one; -1: what the scheduler says
+    "coordinator": "",  # host:port of process 0, a free port there; "": what the scheduler says
+    "heartbeat": 30,  # seconds without a sign of life after which a process counts as dead
+    "start": 120,  # seconds that all of them may take to come together
+}
+
+
+class Plan(NamedTuple):
+    """How the processes of a run find each other; fields as in DEFAULTS."""
+
+    processes: int
+    process: int
+    coordinator: str
+    heartbeat: int
+    start: int
+
+
+def plan(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan | None:
+    """What a config, or the scheduler that started this process, says about others; None where it
+    is alone.
+
+    Raises:
+      UserError: what is said is not enough, or impossible.
+    """
+    given = Plan(*(config[name] for name in DEFAULTS))
+    for name in ("heartbeat", "start"):
+        if config[name] < 1:
+            raise UserError(f"distributed.{name}={config[name]}: give at least 1 second")
+    coordinator = given.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
+    given = given._replace(coordinator=coordinator)
+    if given.processes == 1 or not (given.processes or _scheduled(environment)):
+        if given.process > 0 or (given.coordinator and given.processes == 0 and given.process >= 0):
+            raise UserError(
+                f"distributed.process={given.process} of how many? Give distributed.processes, too"
+            )
+        return None
+    if given.processes and given.process >= given.processes:
+        raise UserError(
+            f"distributed.process={given.process}, but there are distributed.processes="
+            f"{given.processes}, counted from 0"
+        )
+    by_hand = given.processes > 0 and not _scheduled(environment)
+    if by_hand and (given.process < 0 or not given.coordinator):
+        raise UserError(
+            f"distributed.processes={given.processes}, and no scheduler says which this is: give "
+            "distributed.process=0, 1, ... and distributed.coordinator=HOST:PORT (of process 0)"
+        )
+    if given.coordinator:
+        _check_address(given.coordinator)
+    if given.process < 0 and _by_slurm(environment):
+        given = given._replace(process=int(environment["SLURM_PROCID"]))
+    return given
+
+
+def _scheduled(environment: Mapping[str, str]) -> bool:
+    """Whether what started this process says that there are others: what jax detects."""
+
+    def several(name: str) -> bool:
+        return environment.get(name, "").isdigit() and int(environment[name]) > 1
+
+    return (
+        (_by_slurm(environment) and several("SLURM_NTASKS"))
+        or several("OMPI_COMM_WORLD_SIZE")
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    )
+
+
+def _by_slurm(environment: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"distributed.coordinator={address!r} is not HOST:PORT; give the host of process 0 and "
+            "a free port there, such as node1:12345"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this machine reaches nobody but itself under that name."""
+    return host == "localhost" or host.startswith("127.")
+
+
+def check_port(address: str) -> None:
+    """Raises UserError where process 0 could not listen at its own address: jax would crash."""
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host if is_loopback(host) else "", int(port)))  # as jax will
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen at distributed.coordinator={address}: "
+                f"{error.strerror or error}; give a free port"
+            ) from error
+
+
+# ---- In the child
+
+
+class _Link:
+    """To the supervisor of this process."""
+
+    connection: Connection | None = None
+    hub: tuple[str, ...] = ()
+    lock = threading.Lock()
+
+
+def is_child() -> bool:
+    """Whether this process has a supervisor."""
+    return TOLD in os.environ or _Link.connection is not None
+
+
+def report_to_supervisor() -> None:
+    """Begins to give signs of life, if there is a supervisor; the process ends when it is gone."""
+    if TOLD not in os.environ:
+        return
+    descriptor, *hub = os.environ.pop(TOLD).split(",")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+    _Link.connection, _Link.hub = Connection(int(descriptor)), tuple(hub)
+    threading.Thread(target=_beat, daemon=True).start()
+    threading.Thread(target=_follow, args=(_Link.connection,), daemon=True).start()
+
+
+def _beat() -> None:
+    while True:
+        tell("beat")
+        time.sleep(BEAT_SECONDS)
+
+
+def _follow(connection: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()  # nothing is ever sent: it ends with the supervisor
+    os._exit(1)
+
+
+def tell(*message: Any) -> None:
+    """Tells the supervisor, if there is one."""
+    if _Link.connection is not None:
+        with _Link.lock, contextlib.suppress(OSError):
+            _Link.connection.send(message)
+
+
+def own_supervisor() -> tuple[str, ...]:
+    """Where the supervisor of this process listens: host, port and key; () without one."""
+    return _Link.hub

@@ -1,0 +1,333 @@
+"""Watches the processes of a run that has several, so that none waits for one that is gone.
+
+Each process of the run (`distributed.py`) is the child of a supervisor, which is what the user or
+the scheduler started. A supervisor computes nothing, so that nothing aborts it: when its child
+ends, however it does, or no longer moves, it tells the supervisor of the first process, the hub,
+which tells all others. Each ends its child, and the cause is written into the run folder. jax by
+itself ends the others, too, but by an abort that says neither which was first nor why.
+
+Imports no jax.
+"""
+
+import contextlib
+import math
+import os
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from multiprocessing import Pipe
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bnresearch import rundir
+from bnresearch.errors import UserError
+from bnresearch.processes import BEAT_SECONDS, TOLD, Plan, is_loopback
+
+TICK_SECONDS = 0.2
+GRACE_SECONDS = 3.0  # at most, for causes to come in and a child to end by itself, when all are to
+WELL = (0, 3, 75)  # exit codes with which all processes end together
+
+
+class Cause(NamedTuple):
+    """Why a run failed; ``secondary`` if perhaps only because another process had."""
+
+    message: str
+    secondary: bool = False
+
+
+def supervise(command: Sequence[str], plan: Plan, workdir: str | Path) -> int:
+    """Runs a command as a process of a run with several; its exit code, or 1 where a failure, here
+    or elsewhere, ended it.
+
+    Args:
+      command: of the child, which calls `distributed.joined`.
+      plan: of this process.
+      workdir: the run folder, where the cause of a failure is written down.
+    """
+    supervisor, started = _Supervisor(command, plan), datetime.now(UTC).isoformat()
+    handlers = {
+        number: signal.signal(number, supervisor.ask_to_stop)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        code = supervisor.run()
+        if supervisor.cause and (supervisor.rank == 0 or supervisor.hub_is_lost):
+            record(workdir, supervisor.cause.message, started)
+        return code
+    finally:
+        supervisor.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def record(workdir: str | Path, message: str, started: str) -> None:
+    """Writes ``failed`` and the cause into the status of a run that nobody is at any more, in place
+    of what its first process may have said itself since ``started``."""
+    # What made the run fail (a full disk) may keep us from writing it down; it is told anyway.
+    with contextlib.suppress(OSError, UserError):
+        before = rundir.read_status(workdir) or {}
+        own = before.get("status") == "failed" and before["heartbeat"] >= started
+        if own or before.get("status") == "running":
+            config, command = rundir.read_config(workdir), before["command"]
+            with rundir.open_run(workdir, config, command) as folder:
+                folder.set_status("failed", before["step"], message, device=before.get("device"))
+
+
+class _Peer:
+    """Another supervisor."""
+
+    def __init__(self, connection: Connection, rank: int | None = None):
+        self.connection, self.rank, self.host = connection, rank, ""
+        self.heard = time.monotonic()
+        self.done = False  # its child has ended well
+
+    @property
+    def name(self) -> str:
+        return f"process {self.rank}" + (f" on {self.host}" if self.host else "")
+
+    def send(self, *message: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(message)
+
+
+class _Supervisor:
+    def __init__(self, command: Sequence[str], plan: Plan):
+        self.rank, self.hub_is_lost = plan.process, False
+        self.cause: Cause | None = None
+        # Noticed, agreed upon and ended within the heartbeat.
+        self._patience, self._grace = 0.8 * plan.heartbeat, min(GRACE_SECONDS, 0.1 * plan.heartbeat)
+        self._start, self._apart_since = plan.start, math.inf  # patience with those who come late
+        self._stops, self._settled = 0, False
+        self._said: Cause | None = None  # by the child, of its own end
+        self._refusal = ""
+        self._moved: float | None = None  # when the child gave its last sign of life
+        self._beat = 0.0
+        self._hub: _Peer | None = None  # for all but the first
+        self._peers: list[_Peer] = []  # for the first
+        self._new: queue.SimpleQueue[_Peer] = queue.SimpleQueue()
+        host, key = _own_host(plan), secrets.token_hex(16)
+        self._listener = Listener((host if is_loopback(host) else "", 0), authkey=key.encode())
+        self._link, theirs = Pipe()
+        with theirs:
+            about = [str(theirs.fileno()), host, str(self._listener.address[1]), key]
+            self._child = subprocess.Popen(
+                command,
+                env={**os.environ, TOLD: ",".join(about)},
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # signals reach it through this process, and once
+            )
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def ask_to_stop(self, number: int, frame: Any) -> None:
+        """SIGTERM and Ctrl-C: all processes save and stop; a second one ends this at once."""
+        self._stops += 1
+        self._signal(signal.SIGTERM if self._stops == 1 else signal.SIGKILL)
+
+    def run(self) -> int:
+        """Until the child has ended, or anything makes it end; the exit code."""
+        while self._child.poll() is None and self.cause is None:
+            self._listen()
+            self._look()
+        self._drain()
+        code = self._child.poll()
+        if self.cause is None and code is not None:
+            if self._stops and -code in (signal.SIGTERM, signal.SIGKILL):
+                code = 75  # before it had joined the others, or by a second signal
+            if code in WELL:
+                return self._leave(code)
+            self.cause = self._said or Cause(self._explain(code), -code == signal.SIGABRT)
+        return self._fail()
+
+    def close(self) -> None:
+        """Ends what it started."""
+        self._signal(signal.SIGKILL)
+        self._child.wait()
+        self._link.close()
+        self._listener.close()
+
+    # What comes in
+
+    def _others(self) -> list[_Peer]:
+        return self._peers + ([self._hub] if self._hub else [])
+
+    def _listen(self, seconds: float = TICK_SECONDS) -> None:
+        """Reads what there is, and gives a sign of life."""
+        while not self._new.empty():
+            peer = self._new.get()
+            if peer.rank == 0:
+                self._hub = peer
+                peer.send("hello", self.rank, socket.gethostname())
+            else:
+                self._peers.append(peer)
+        by_connection = {peer.connection: peer for peer in self._others()}
+        links = [] if self._link.closed else [self._link]
+        for connection in wait([*links, *by_connection], seconds):
+            assert isinstance(connection, Connection)
+            try:
+                message = connection.recv()
+            except (EOFError, OSError):
+                message = ("gone",)
+            if connection is self._link:
+                self._hear_child(*message)
+            else:
+                self._hear(by_connection[connection], *message)
+        if time.monotonic() - self._beat > BEAT_SECONDS:
+            self._beat = time.monotonic()
+            for peer in self._others():
+                peer.send("beat")
+
+    def _drain(self) -> None:
+        """Hears the child's last words."""
+        while not self._link.closed and self._link.poll():
+            self._listen(0)
+
+    def _hear_child(self, what: str, *rest: Any) -> None:
+        self._moved = time.monotonic()
+        if what == "joining":
+            self._apart_since = time.monotonic()
+        elif what == "joined":
+            self._apart_since, (self.rank, hub) = math.inf, rest
+            if self.rank != 0 and hub:
+                threading.Thread(target=self._call, args=tuple(hub), daemon=True).start()
+        elif what == "error":
+            self._said = Cause(*rest)
+        elif what == "gone":
+            self._link.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(self._grace)
+
+    def _hear(self, peer: _Peer, what: str, *rest: Any) -> None:
+        peer.heard = time.monotonic()
+        if what == "hello":
+            peer.rank, peer.host = rest
+        elif what == "done":
+            peer.done = True
+        elif what == "failed":
+            self._suspect(Cause(*rest))
+        elif what == "end":
+            self.cause, self._settled = Cause(*rest), True
+        elif what == "gone":
+            self._forget(peer)
+
+    def _forget(self, peer: _Peer) -> None:
+        if peer is self._hub:
+            self._hub, self.hub_is_lost = None, not peer.done
+        else:
+            self._peers.remove(peer)
+        if not peer.done:
+            self._suspect(Cause(f"{peer.name} is gone: killed, or its machine is"))
+
+    def _suspect(self, cause: Cause) -> None:
+        """Takes it for the cause, if there is no better one."""
+        if self.cause is None or (self.cause.secondary and not cause.secondary):
+            self.cause = cause
+
+    def _accept(self) -> None:
+        """In a thread: lets other supervisors in."""
+        while True:
+            try:
+                self._new.put(_Peer(self._listener.accept()))
+            except OSError:
+                return  # closed
+            except Exception:  # somebody without the key
+                continue
+
+    def _call(self, host: str, port: str, key: str) -> None:
+        """In a thread: connects to the hub."""
+        try:
+            self._new.put(_Peer(Client((host, int(port)), authkey=key.encode()), rank=0))
+        except (OSError, EOFError) as error:
+            # What is left is the heartbeat of jax.
+            print(f"warning: no way to the supervisor of process 0: {error}", file=sys.stderr)
+
+    # What is seen
+
+    def _look(self) -> None:
+        """For what no longer moves."""
+        now = time.monotonic()
+        if self._moved and now - self._moved > self._patience:
+            self._suspect(Cause(f"{self._name()} did not move for {self._patience:g} s"))
+        if now - self._apart_since > self._start:
+            self._refuse(
+                f"the processes of this run did not come together within {self._start} s "
+                "(distributed.start); start all of them, with the same coordinator and number of "
+                "processes, each with a number of its own"
+            )
+        for peer in self._others():
+            if now - peer.heard > self._patience and not peer.done:
+                self.hub_is_lost |= peer is self._hub
+                self._suspect(Cause(f"{peer.name} was not heard of for {self._patience:g} s"))
+
+    def _refuse(self, message: str) -> None:
+        """The input was wrong: nobody is to be asked, and nothing has begun."""
+        self._apart_since = math.inf
+        self._refusal, self._settled, self.cause = message, True, Cause(message)
+
+    def _explain(self, code: int) -> str:
+        if code >= 0:
+            return f"{self._name()} ended with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"{self._name()} was ended by {name}{hint}"
+
+    def _name(self) -> str:
+        return f"process {self.rank} on {socket.gethostname()}"
+
+    # How it ends
+
+    def _leave(self, code: int) -> int:
+        """The child ended as it should; the hub waits until the others have, too."""
+        for peer in self._others():
+            peer.send("done")
+        self._until(lambda: all(peer.done for peer in self._peers))
+        return code
+
+    def _fail(self) -> int:
+        """Agrees with the others on the cause, ends the child, and says why."""
+        assert self.cause is not None
+        if self._hub and not self._settled:
+            self._hub.send("failed", *self.cause)
+        self._until(lambda: self._child.poll() is not None and self._is_certain())
+        assert self.cause is not None
+        for peer in self._peers:
+            peer.send("end", *self.cause)
+        ended = self._child.poll()
+        self._signal(signal.SIGKILL)
+        self._child.wait()
+        if self._refusal:
+            print(f"error: {self._refusal}", file=sys.stderr)
+            return 2
+        if ended != 2:  # else it has said so itself
+            print(f"error: the run has failed: {self.cause.message}", file=sys.stderr)
+        return ended if ended is not None and ended > 0 else 1
+
+    def _is_certain(self) -> bool:
+        """Whether no better cause can come in."""
+        assert self.cause is not None
+        if self._hub:
+            return self._settled
+        return not self.cause.secondary or not self._peers
+
+    def _until(self, happened: Any) -> None:
+        end = time.monotonic() + self._grace
+        while not happened() and time.monotonic() < end:
+            self._listen()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._child.poll() is None:
+                os.killpg(self._child.pid, number)
+
+
+def _own_host(plan: Plan) -> str:
+    """Under which name the others find the first supervisor: that of process 0."""
+    host = plan.coordinator.rpartition(":")[0]
+    return host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()

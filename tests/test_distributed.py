@@ -1,0 +1,198 @@
+"""One run over several processes means what it means on one; nobody waits for who is gone."""
+
+import json
+import os
+import re
+import signal
+import socket
+
+import numpy as np
+import pytest
+from distributed_tools import Processes, children, training
+from run_tools import DIGITS, ROOT, metrics, read, train
+
+from bnresearch import config as configs
+from bnresearch import processes
+
+# Scopes that do not depend on the number of devices, and those that do.
+FREE, BOUND = ("global", "ghost:16"), ("group:2", "device")
+CASES = [
+    *(("jit", scope) for scope in (*FREE, *BOUND)),
+    ("shard_map", "group:2"),
+    ("pmap", "group:2"),
+]
+LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "1x1": (1, 1)}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """What comes out of all cases by layout; on one device of those that do not depend on it."""
+    folder, found = tmp_path_factory.mktemp("layouts"), {}
+    for name, (several, devices) in LAYOUTS.items():
+        cases = [case for case in CASES if name != "1x1" or case[1] in FREE]
+        given = [folder / f"{name}.npz", json.dumps(cases)]
+
+        def command(index, address, count=several, given=given):
+            script = ROOT / "tests" / "distributed_case.py"
+            return [str(item) for item in (script, index, count, address, *given)]
+
+        (logs := folder / name).mkdir()
+        with Processes(several, command, devices, logs) as running:
+            assert running.wait() == [0] * several, running.said(0)
+        found[name] = dict(np.load(given[0]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "scope"), CASES)
+def test_a_run_means_the_same_in_all_layouts(layouts, mode, scope):
+    """On one process with eight devices it equals numpy: test_parallel."""
+    wanted = {k: v for k, v in layouts["1x8"].items() if k.startswith(f"{mode} {scope} ")}
+    assert len(wanted) == 12
+    for layout in ("2x4", "4x2", *(["1x1"] if scope in FREE else [])):
+        for name, value in wanted.items():
+            np.testing.assert_allclose(layouts[layout][name], value, atol=1e-5, err_msg=layout)
+
+
+SHORT = (
+    "data.batch_size=64",
+    "model.mlp.widths=(16, 12)",
+    "model.mlp.dropout=0.1",
+    "train.duration=800st",
+    "train.log_every=25st",
+    "train.eval_every=400st",
+    "train.checkpoint_every=50st",
+)
+
+
+def begun(workdir, lines):
+    """Whether a run has logged so often."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= lines
+
+
+def status(workdir):
+    return read(workdir / "status.json")
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_runs_end_with_the_cause_and_resume_to_the_same_bits(tmp_path):
+    with training(2, tmp_path / "whole", *SHORT) as whole:
+        assert whole.wait() == [0, 0], whole.said(0)
+    wanted = read(tmp_path / "whole" / "result.json")
+    run = tmp_path / "run"
+    with training(2, run, *SHORT) as running:
+        running.until(lambda: begun(run, 5))
+        os.kill(children(running.processes[1])[0], signal.SIGKILL)
+        assert running.wait() == [1, 1]
+    assert status(run)["status"] == "failed"
+    assert re.match(r"process 1 on \S+ was ended by SIGKILL", status(run)["message"])
+    with training(2, run, *SHORT) as running:
+        running.until(lambda: begun(run, 20))
+        running.processes[1].terminate()
+        assert running.wait() == [75, 75]
+    assert status(run)["status"] == "stopped"
+    assert status(run)["processes"] == [socket.gethostname()] * 2
+    with training(2, run, *SHORT) as running:
+        assert running.wait() == [0, 0], running.said(0)
+    found = read(run / "result.json")
+    assert (found["digest"], found["metrics"]) == (wanted["digest"], wanted["metrics"])
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_process_that_no_longer_moves_ends_all_within_the_heartbeat(tmp_path, gone):
+    run = tmp_path / "run"
+    with training(2, run, *SHORT, heartbeat=5) as running:
+        running.until(lambda: begun(run, 2))
+        os.kill(children(running.processes[gone])[0], signal.SIGSTOP)
+        assert running.wait() == [1, 1]
+    assert re.match(rf"process {gone} on \S+ did not move for 4 s", status(run)["message"])
+
+
+RAISING = """
+import sys
+from bnresearch import __main__, books, distributed
+write = books.NoMetrics.write
+def raising(self, step, split, values):
+    if step == 50:
+        raise RuntimeError("nothing works")
+books.NoMetrics.write = raising
+__main__.main_with_others() if __main__.processes.is_child() else sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_raises_ends_all_and_is_named(tmp_path):
+    run, script = tmp_path / "run", tmp_path / "raising.py"
+    script.write_text(RAISING)
+    with training(2, run, *SHORT, script=[str(script)]) as running:
+        assert running.wait() == [1, 1], running.said(0)
+        assert "nothing works" in running.said(0)
+    message = status(run)["message"]
+    assert re.match(r"process 1 on \S+: RuntimeError: nothing works", message)
+
+
+def test_other_configs_are_refused_by_all(tmp_path):
+    each = (["seed=1"], ["seed=2"])
+    with training(2, tmp_path / "run", *SHORT, each=each) as running:
+        assert running.wait() == [2, 2], running.said(0)
+        for index in (0, 1):
+            assert "config.seed: process 0 1, this one 2" in running.said(index)
+            assert "Traceback" not in running.said(index)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_who_waits_in_vain_says_so(tmp_path, there):
+    """The first for the second, and the second for the coordinator."""
+    each = (["distributed.start=3"], [f"distributed.process={there}", "distributed.start=3"])
+    with training(2, tmp_path / "run", *SHORT, each=each) as running:
+        running.processes[1 - there].kill()
+        assert running.wait()[there] == 2, running.said(there)
+        assert "within 3 s (distributed.start)" in running.said(there)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["processes=2"], ["no scheduler says which this is", "distributed.process=0, 1"]),
+        (["processes=2", "process=2", "coordinator=a:1"], ["counted from 0"]),
+        (["processes=2", "process=0", "coordinator=a"], ["is not HOST:PORT"]),
+        (["process=1"], ["of how many?"]),
+        (["heartbeat=0"], ["at least 1 second"]),
+    ],
+)
+def test_what_cannot_be_is_refused(refused, overrides, parts):
+    refused(train(*(f"distributed.{item}" for item in overrides)), *parts)
+
+
+SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        # A batch script itself is no step: only what it starts by srun is one of several.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+    ],
+)
+def test_schedulers_are_known(environment, several):
+    assert (processes.plan(processes.DEFAULTS, environment) is not None) == several
+
+
+def test_one_process_may_ignore_its_scheduler():
+    assert processes.plan({**processes.DEFAULTS, "processes": 1}, SLURM) is None
+
+
+def test_how_a_run_was_started_is_not_part_of_it():
+    config = configs.load(DIGITS, ["distributed.processes=2", "distributed.process=1"])
+    assert configs.resolve(config) == configs.resolve(configs.load(DIGITS))
