@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnresearch.batchnorm import BatchNorm
-    from bnresearch.precise import recalibrate
+    from bnresearch.recalibration import recalibrate
     from bnresearch.records import load_study
 
 __all__ = ["BatchNorm", "load_study", "recalibrate"]
@@ -20,7 +20,7 @@ __all__ = ["BatchNorm", "load_study", "recalibrate"]
 HOMES = {
     "BatchNorm": "bnresearch.batchnorm",
     "load_study": "bnresearch.records",
-    "recalibrate": "bnresearch.precise",
+    "recalibrate": "bnresearch.recalibration",
 }
 
 

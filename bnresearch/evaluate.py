@@ -1,6 +1,8 @@
 """Evaluate a finished or stopped run with the statistics of one's choice."""
 
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from bnresearch.experiment import Experiment, prepare
 from bnresearch.metrics import check_progress, progress
 from bnresearch.parallel import parse_scope
 from bnresearch.run_statistics import run_statistics
-from bnresearch.rundir import check_usable, open_run, path_of, read_config
+from bnresearch.rundir import check_usable, open_run, path_of, read_config, write_json
 from bnresearch.state import State
 from bnresearch.stats import STATS, Asked, Statistic
 
@@ -83,8 +85,8 @@ def evaluate_run(
             experiment.program.dataset.close()
     new = found.pop("batch_stats", None)
     if save is not None:
-        message = f"step {step} of {workdir}, {weights} weights; statistics of {batches} training"
-        _save(Path(save), workdir, step, state.replace(batch_stats=new), f"{message} batches")
+        origin = {"workdir": str(workdir), "step": step, "weights": weights, "batches": batches}
+        _save(path_of(save), origin, state.replace(batch_stats=new))
     about = {"weights": weights} if weights != "raw" else {}
     return {"step": step, "stats": stats or name, "split": split} | about | found
 
@@ -242,9 +244,20 @@ def _check_save(save: str | Path | None, stats: str) -> None:
     check_usable(path)
 
 
-def _save(folder: Path, workdir: str | Path, step: int, state: State, message: str) -> None:
-    """A run folder with this state as its checkpoint; its status says where that comes from."""
-    with open_run(folder, read_config(workdir), list(sys.argv)) as new:
-        with Checkpoints(new.path / "checkpoints", keep=1) as kept:
-            kept.save(step, state)
-        new.set_status("stopped", step, message)
+def _save(folder: Path, origin: dict[str, Any], state: State) -> None:
+    """A run folder with this state as its checkpoint, and ``origin.json``: where that comes from.
+    It appears whole."""
+    step, temporary = origin["step"], folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    message = (
+        f"step {step} of {origin['workdir']}, {origin['weights']} weights; statistics of "
+        f"{origin['batches']} training batches"
+    )
+    try:
+        with open_run(temporary, read_config(origin["workdir"]), list(sys.argv)) as new:
+            with Checkpoints(new.path / "checkpoints", keep=1) as kept:
+                kept.save(step, state)
+            new.set_status("stopped", step, message)
+            write_json(new.path / "origin.json", origin)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bnresearch.errors import NotFinite
+from bnresearch.distributed import everybodys
+from bnresearch.errors import NotFinite, UserError
 from bnresearch.moments import moments
 from bnresearch.sets import Scope, Sets
 
@@ -45,16 +46,18 @@ def merged(parts: Sequence[Any]) -> Moments:
     return Moments(centre, (weight * (var + np.square(mean - centre))).sum(0), values.sum(0))
 
 
-def pooled(found: Mapping[str, Any]) -> Pooled:
+def pooled(found: Mapping[str, Any], alike: bool = False) -> Pooled:
     """What was observed in several batches, over all of them and all calls of a site, and over all
     processes: each of these calls this with what it has, and gets the same.
 
     Args:
       found: as `watch.seen_in` gives it, but stacked by batch; observations are mean, variance and
         count.
+      alike: all processes have observed the same, in batches that lie on the devices of all.
 
     Raises:
       NotFinite: an observation is not finite.
+      UserError: another process has raised one, see `agree`.
     """
     result: Pooled = {}
     for path, calls in found.items():
@@ -64,7 +67,30 @@ def pooled(found: Mapping[str, Any]) -> Pooled:
             for name in calls[0]
             if (every := [call[name] for call in calls])
         }
-    return result if jax.process_count() == 1 else _over_processes(result)
+    if alike or jax.process_count() == 1:
+        return result
+    agree()
+    return _over_processes(result)
+
+
+class Elsewhere(UserError):
+    """The input of another process was wrong."""
+
+
+def agree(error: UserError | None = None) -> None:
+    """Called by every process before it waits for the others, by one that cannot go on with its
+    error: then all raise, and nobody waits for who has left.
+
+    Raises:
+      UserError: the error given; Elsewhere, where it is another process's.
+    """
+    if jax.process_count() > 1 and not isinstance(error, Elsewhere):
+        every = everybodys(str(error or "").encode())
+        if error is None and any(every):
+            number = next(i for i, text in enumerate(every) if text)
+            raise Elsewhere(f"process {number}: {every[number].decode()}")
+    if error is not None:
+        raise error
 
 
 def _refuse_not_finite(path: str, calls: Any) -> None:

@@ -78,7 +78,9 @@ def of_training(
         image = jax.ShapeDtypeStruct((2, *info.shape), jnp.float32)
         sites = prepare(of_run(config, info.num_classes), variables, {"image": image}).sites
         net = Net(_training_call(experiment, layout))
-        program.statistics[observe] = OfTraining(Prepared(net, sites, observe, {}), layout)
+        program.statistics[observe] = OfTraining(
+            Prepared(net, sites, observe, {}, alike=True), layout
+        )
     return program.statistics[observe]
 
 

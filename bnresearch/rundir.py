@@ -4,6 +4,7 @@
     status.json     running | done | diverged | failed | stopped; step, heartbeat, what ran where
     result.json     the final metrics and the digest of the state
     lock            whose process it is; released by the kernel however that process ends
+    origin.json     only in what `eval --save` made: of which run it is, and how it was changed
     metrics.jsonl, probes.jsonl, tensorboard/   (metrics.py)      checkpoints/   (checkpoint.py)
 
 Reports read run folders, so this module imports neither jax nor flax.
@@ -26,7 +27,10 @@ from bnresearch.errors import InUse, UserError
 
 SCHEMA = 1
 STATUSES = ("running", "done", "diverged", "failed", "stopped")
-FILES = ("config.json", "status.json", "result.json", "lock", "metrics.jsonl", "probes.jsonl")
+FILES = (
+    *("config.json", "status.json", "result.json", "origin.json"),
+    *("lock", "metrics.jsonl", "probes.jsonl"),
+)
 FOLDERS = ("checkpoints", "tensorboard")
 SHOWN = 10  # how many differing keys a message lists
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -294,7 +298,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_contents(path: Path) -> None:
-    """Refuses a run in which a file stands for a folder or the reverse, or with a broken result."""
+    """Refuses a run in which a file stands for a folder or the reverse, one with a broken result,
+    and what was saved by an evaluation."""
     for names, right, kind in ((FILES, os.path.isfile, "file"), (FOLDERS, os.path.isdir, "folder")):
         for name in names:
             if os.path.lexists(path / name) and not right(path / name):
@@ -304,6 +309,13 @@ def _check_contents(path: Path) -> None:
                 )
     if path.is_dir():
         read_result(path)
+    if (path / "origin.json").exists():
+        origin = read_json(path / "origin.json")
+        raise UserError(
+            f"workdir {path} was saved by eval, from step {origin.get('step')} of "
+            f"{origin.get('workdir')}: its statistics are not those of training, so that training "
+            "would not go on from them; evaluate it, or train in that run or another folder"
+        )
 
 
 def _check_empty(path: Path) -> None:

@@ -14,9 +14,10 @@ from bnresearch import __main__ as cli
 from bnresearch import config as configs
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.config import unresolve
+from bnresearch.errors import UserError
 from bnresearch.evaluate import evaluate_run, on_one_device
 from bnresearch.experiment import prepare
-from bnresearch.rundir import read_config, read_status
+from bnresearch.rundir import open_run, read_config, read_status
 from bnresearch.stats import GRID, STATS
 from bnresearch.train import run
 
@@ -210,6 +211,11 @@ def test_saved_statistics_are_a_run_of_their_own(finished, command, tmp_path):
     assert (status["status"], status["step"]) == ("stopped", 30)
     assert str(finished[0]) in status["message"] and "3 training batches" in status["message"]
     assert snapshot(finished[0]) == before
+    assert [path.name for path in new.parent.iterdir()] == ["new"]
+    origin = {"workdir": str(finished[0]), "step": 30, "weights": "raw", "batches": 3}
+    assert json.loads((new / "origin.json").read_text()) == origin
+    with pytest.raises(UserError, match=r"saved by eval, from step 30 of .*evaluate it, or train"):
+        open_run(new, read_config(new), [])
 
 
 def test_averaged_weights_are_evaluated_with_statistics_of_their_own(

@@ -25,7 +25,7 @@ LAYERS = (
     {"net"},
     {"fit", "pooled"},
     # What looks inside: a model is handed to it, from a run or from anybody.
-    {"experiment", "diverge", "precise", "run_statistics", "adapt", "probes"},
+    {"experiment", "diverge", "precise", "recalibration", "run_statistics", "adapt", "probes"},
     {"stats", "evaluate"},
     {"train", "together"},
     # A question: what is asked, what it means for configs, and what speaks against it.

@@ -49,6 +49,14 @@ mine = cut(X[:37], 10) if index == 0 else cut(X[37:], 20)
 for how in ("one_pass", "layer_after_layer"):
     new = bnresearch.recalibrate(Mlp(), variables, mine, how=how)
     pickle.dump(new["batch_stats"], open(f"{path}.{how}.{index}", "wb"))
+for wrong in ([X[:10] * float("nan")] * 2, [], mine[:1]):
+    for how in ("one_pass", "layer_after_layer"):
+        try:
+            given = wrong if index == 0 else cut(X[37:], 20)
+            bnresearch.recalibrate(Mlp(), variables, given, count=2, how=how)
+            print("REFUSED nothing")
+        except bnresearch.errors.UserError as error:
+            print("REFUSED", error)
 """
 
 
@@ -83,3 +91,11 @@ def test_two_processes_with_unequal_shares_get_the_statistics_of_all(tmp_path, v
         found = [pickle.loads((tmp_path / f"variables.{how}.{i}").read_bytes()) for i in (0, 1)]
         assert_close(found[0], found[1], 0)
         assert_close(found[0], by_hand(variables, batches, how))
+    # What one cannot do, none does, and nobody waits.
+    reasons = ["is not finite in batch 0"] * 2 + ["no batch"] * 2 + ["1 batches were given"] * 2
+    for index, text in enumerate(said):
+        refused = [line for line in text.splitlines() if line.startswith("REFUSED")]
+        assert len(refused) == len(reasons), text
+        for line, reason in zip(refused, reasons, strict=True):
+            assert reason in line
+            assert ("process 0: " in line) == (index == 1)
