@@ -81,7 +81,7 @@ def _eval_flags(argv: list[str], values: flags.FlagValues) -> None:
     flags.DEFINE_string("stats", None, help_text, flag_values=values)
     flags.DEFINE_string("split", "test", "train, validation or test", flag_values=values)
     help_text = "training batches over which statistics are taken anew"
-    flags.DEFINE_integer("batches", 100, help_text, flag_values=values)
+    flags.DEFINE_integer("batches", None, f"{help_text} (100)", flag_values=values)
     help_text = "with --stats=precise: a folder to be made, the run with these statistics"
     flags.DEFINE_string("save", None, help_text, flag_values=values)
     help_text = "raw, or averaged: the average that the run kept (train.average)"

@@ -8,7 +8,7 @@ They are for kinds whose inference is ``(x - mean) / sqrt(var + epsilon) * scale
 running mean and variance: NORMALISING, and the norms of flax.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -154,7 +154,7 @@ class Adapted(NamedTuple):
     opt_state: Any
 
 
-def tent_start(params: Tree, sites: Mapping[str, Site], rate: float) -> Adapted:
+def tent_start(params: Tree, sites: Iterable[str], rate: float) -> Adapted:
     """The scales and biases of the sites, before the first batch.
 
     Raises:

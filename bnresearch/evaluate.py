@@ -36,7 +36,7 @@ def evaluate_run(
     stats: str | None = None,
     split: str = "test",
     *,
-    batches: int = BATCHES,
+    batches: int | None = None,
     save: str | Path | None = None,
     weights: str = "raw",
     show: str = "off",
@@ -49,7 +49,8 @@ def evaluate_run(
       stats: a name of STATS, for some with an argument behind a colon; by default "running", and
         "precise" for averaged weights.
       split: train, validation or test.
-      batches: of training, from the checkpoint's step on, over which statistics are taken anew.
+      batches: of training, from the checkpoint's step on, over which statistics are taken anew (by
+        those of ANEW); None: BATCHES.
       save: with "precise", a folder that is made: the run with the statistics of one pass (and the
         weights evaluated) in its checkpoint.
       weights: "raw", or "averaged": the average that the run kept (``train.average``).
@@ -62,11 +63,11 @@ def evaluate_run(
     lookup(dict.fromkeys(SPLITS), split, "--split")
     lookup(dict.fromkeys(WEIGHTS), weights, "--weights")
     check_progress(show)
-    if batches < 1:
-        raise UserError(f"--batches={batches}: statistics are taken over at least 1 batch")
     name, argument = parse(stats) if stats is not None else (None, None)
     workdir = path_of(workdir)
-    _check_save(save, name or ("precise" if weights == "averaged" else "running"))
+    expected = name or ("precise" if weights == "averaged" else "running")
+    batches = _checked_batches(batches, expected)
+    _check_save(save, expected)
     config = unresolve(read_config(workdir))
     checkpoints(Path(workdir))
     experiment = prepare(on_one_device(config))
@@ -87,8 +88,23 @@ def evaluate_run(
     if save is not None:
         origin = {"workdir": str(workdir), "step": step, "weights": weights, "batches": batches}
         _save(path_of(save), origin, state.replace(batch_stats=new))
-    about = {"weights": weights} if weights != "raw" else {}
+    about: dict[str, Any] = {"weights": weights} if weights != "raw" else {}
+    if STATS[name].on_batch:
+        about["depends_on_batch"] = True  # on the other examples that are evaluated
     return {"step": step, "stats": stats or name, "split": split} | about | found
+
+
+def _checked_batches(batches: int | None, stats: str) -> int:
+    if batches is None:
+        return BATCHES
+    if stats not in ANEW:
+        raise UserError(
+            f"--batches={batches}: {stats} takes no statistics anew; leave it out, or choose "
+            f"{' or '.join(f'--stats={name}' for name in ANEW)}"
+        )
+    if batches < 1:
+        raise UserError(f"--batches={batches}: statistics are taken over at least 1 batch")
+    return batches
 
 
 def parse(text: str) -> tuple[str, float | None]:

@@ -13,8 +13,6 @@ from bnresearch.errors import NotFinite, UserError
 from bnresearch.moments import moments
 from bnresearch.sets import Scope, Sets
 
-EPSILON = 1e-5  # beside variances, in distances
-
 # By site in order of execution, and by what was observed there.
 Pooled = dict[str, dict[str, "Moments"]]
 
@@ -122,11 +120,11 @@ def of_first_process(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
-def distance(running: Any, precise: Any) -> float:
+def distance(running: Any, precise: Any, epsilon: float) -> float:
     """How far inference with the running statistics is from that with precise ones: the root mean
     square, over all values of a site's input, of the difference between the normalised inputs,
 
-        sqrt(mean over features of (s / rs - 1)^2 + ((m - rm) / rs)^2),  s^2 = var + 1e-5
+        sqrt(mean over features of (s / rs - 1)^2 + ((m - rm) / rs)^2),  s^2 = var + epsilon
 
     0 for the same statistics; 1 is as much as the signal itself. Both have ``mean`` and ``var``.
     """
@@ -134,5 +132,5 @@ def distance(running: Any, precise: Any) -> float:
         np.asarray(row, np.float64).reshape(-1)
         for row in (precise.mean, precise.var, running.mean, running.var)
     )
-    s, rs = np.sqrt(v + EPSILON), np.sqrt(np.maximum(rv, 0) + EPSILON)
+    s, rs = np.sqrt(v + epsilon), np.sqrt(np.maximum(rv, 0) + epsilon)
     return float(np.sqrt(np.mean(np.square(s / rs - 1) + np.square((m - rm) / rs))))

@@ -59,11 +59,13 @@ class Site(NamedTuple):
       kind: of NORMS, or the class of a flax norm.
       options: of that kind; {} for flax.
       how: what is done about it: a key of TREATMENTS.
+      epsilon: what it adds to a variance.
     """
 
     kind: str
     options: Mapping[str, Any]
     how: str
+    epsilon: float = 1e-5
 
 
 class Precise(NamedTuple):
@@ -123,24 +125,24 @@ def prepare(
     return Prepared(net, sites, observe, {})
 
 
-def require_sites(sites: Mapping[str, Site]) -> None:
-    """Raises UserError where no site has running statistics that could be taken anew."""
+def require_sites(sites: Mapping[str, Site], use: str = "be taken anew") -> None:
+    """Raises UserError where no site has running statistics that could be of ``use``."""
     if all(site.how == "kept" for site in sites.values()):
         constants = f"those of {', '.join(sites)} are constants"
         raise UserError(
-            "this model has no running statistics that could be taken anew: "
+            f"this model has no running statistics that could {use}: "
             f"{constants if sites else 'none of its norms keeps any'}; evaluate it as it is"
         )
 
 
 def _site(seen: Seen) -> Site:
     if isinstance(seen.module, nn.BatchNorm):
-        return Site(type(seen.module).__name__, {}, "pooled")
+        return Site(type(seen.module).__name__, {}, "pooled", seen.module.epsilon)
     choice = seen.module.chosen
     kind = kind_of(choice.kind)
     constant = "use" not in kind.context
     how = "kept" if constant else "moved" if kind.update is None else "pooled"
-    return Site(choice.kind, choice.options, how)
+    return Site(choice.kind, choice.options, how, choice.options.get("epsilon", 1e-5))
 
 
 # ---- Passes
@@ -293,7 +295,9 @@ def distances(precise: Precise, batch_stats: Tree) -> dict[str, float]:
         *above, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         leaves.setdefault("/".join(above), {})[name] = leaf
     return {
-        path: distance(Stats(leaves[path]["mean"], leaves[path]["var"]), found)
+        path: distance(
+            Stats(leaves[path]["mean"], leaves[path]["var"]), found, precise.sites[path].epsilon
+        )
         for path, found in precise.moments.items()
         if precise.sites[path].how == "pooled"
     }

@@ -1,9 +1,10 @@
 """Precise batch normalization of anybody's flax model: see precise.py."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def recalibrate(
       model: a flax.linen module.
       variables: its ``{"params": ..., "batch_stats": ...}`` and what else it has.
       batches: of training data; arrays, dicts or tuples, as `net.of_model` takes them. A list, or
-        anything that can be gone through again; an iterator is kept for ``layer_after_layer``.
+        anything that can be gone through again; of an iterator ``layer_after_layer`` keeps all.
       count: so many of them; None: all.
       how: "one_pass": as fast as a forward pass, earlier layers normalise with the statistics of
         each batch, as in training; use batches of the size of training. "layer_after_layer": a pass
@@ -64,7 +65,8 @@ def recalibrate(
     """
     way = lookup(WAYS, how, "how to recalibrate")
     try:
-        precise = _recalibrated(of_model(model, call), variables, batches, count, way, only)
+        net = of_model(model, call)
+        precise = _recalibrated(net, variables, batches, count, way, only, allow_fewer)
         if count is not None and precise.batches < count and not allow_fewer:
             raise _too_few(precise.batches, count)
     except UserError as error:
@@ -81,19 +83,25 @@ def _recalibrated(
     count: int | None,
     way: Callable[..., Precise],
     only: str | None,
+    allow_fewer: bool,
 ) -> Precise:
     _check_batches(batches, count)
-    if iter(batches) is batches:
-        batches = list(islice(batches, count))
+    once = iter(batches) is batches
+    if once and way is not WAYS["one_pass"]:
+        batches, once = list(islice(batches, count)), False
     first = next(iter(batches), None)
     if first is None:
         raise UserError("no batch was given to take statistics from; give at least one")
+    given = len(batches) if isinstance(batches, Sized) else math.inf
+    if count is not None and given < count and not allow_fewer:
+        raise _too_few(int(given), count)
     check_fit(net, variables, first)
     prepared = prepare(net, variables, first)
     prepared = prepared._replace(compiled=_compiled(net, _outline(variables, first)))
     require_sites(prepared.sites)
     chosen = _chosen(prepared.sites, only)
-    return way(prepared, variables, Several(batches, count), chosen)
+    again = chain([first], batches) if once else batches
+    return way(prepared, variables, Several(again, count), chosen)
 
 
 def _too_few(given: int, count: int) -> UserError:

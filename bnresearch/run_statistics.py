@@ -32,7 +32,7 @@ class TrainingBatches:
         dataset, feeders = experiment.program.dataset, experiment.program.feeders
         numbers = layout.put(experiment.numbers)
         for step in range(self.first, self.first + self.count):
-            feed = dataset.feed(experiment.seed, step)
+            feed = dataset.feed(experiment.seed, step, reader="aside")
             if dataset.sharded_feed:
                 feed = layout.put_batch(feed)
             else:

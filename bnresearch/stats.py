@@ -15,6 +15,7 @@ from bnresearch.net import of_run
 from bnresearch.precise import Precise, distances, layer_after_layer, one_pass, require_sites
 from bnresearch.run_statistics import OfTraining, of_training
 from bnresearch.state import State
+from bnresearch.step import site_paths
 from bnresearch.tasks import TASKS
 from bnresearch.watch import Watch
 
@@ -44,11 +45,13 @@ class Statistic(NamedTuple):
       run: ``(asked, argument) -> what to print``.
       argument: reads what stands behind the colon; None: nothing may.
       needed: something has to.
+      on_batch: a prediction depends on the other examples that are evaluated.
     """
 
     run: Callable[[Asked, Any], dict[str, Any]]
     argument: Callable[[str], float] | None = None
     needed: bool = False
+    on_batch: bool = False
 
 
 # ---- Statistics as they are
@@ -78,7 +81,8 @@ def _precise(asked: Asked, _: None) -> dict[str, Any]:
     training = _training(asked)
     evaluate = evaluator(asked.experiment, "running")
     over = training.batches(asked.experiment, int(asked.state.step), asked.batches)
-    passes = sum(site.how == "pooled" for site in training.prepared.sites.values())
+    treated = [site.how for site in training.prepared.sites.values()]
+    passes = treated.count("pooled") + ("moved" in treated)
     tick = asked.tick((1 + passes) * len(over))
     given = (training.prepared, training.layout.put(asked.variables), over)
     ways = [way(*given, tick=tick) for way in (one_pass, layer_after_layer)]
@@ -93,11 +97,10 @@ def _precise(asked: Asked, _: None) -> dict[str, Any]:
     }
 
 
-def _training(asked: Asked, observe: Any = None) -> OfTraining:
-    """The run's net on its training batches, if it has statistics to take anew."""
-    more = () if observe is None else (observe,)
-    training = of_training(asked.experiment, asked.variables, *more)
-    require_sites(training.prepared.sites)
+def _training(asked: Asked, use: str = "be taken anew", *observe: Any) -> OfTraining:
+    """The run's net on its training batches, if it has statistics that can be of this use."""
+    training = of_training(asked.experiment, asked.variables, *observe)
+    require_sites(training.prepared.sites, use)
     return training
 
 
@@ -136,6 +139,11 @@ def _examples(asked: Asked, weight: float | None) -> dict[str, Any]:
     )
     if weight is not None:
         return evaluate(weight, asked.split)
+    if asked.split == "validation":
+        raise UserError(
+            "--stats=examples chooses its weight on the validation split, and --split=validation "
+            "would judge it there; give a weight, as in examples:0.1, or another split"
+        )
     tick = asked.tick(len(GRID))
     found = {}
     for w in GRID:
@@ -148,7 +156,7 @@ def _examples(asked: Asked, weight: float | None) -> dict[str, Any]:
 
 def _corrected(asked: Asked, _: None) -> dict[str, Any]:
     """As if the example stood in a batch of training; after Singh & Shrivastava (2019)."""
-    training = _training(asked, adapt.example_moments)
+    training = _training(asked, "be corrected", adapt.example_moments)
     adapt.check_sites(training.prepared.sites, "corrected")
     over = training.batches(asked.experiment, int(asked.state.step), asked.batches)
     given = (training.prepared, training.layout.put(asked.variables), over)
@@ -170,8 +178,9 @@ def _corrected(asked: Asked, _: None) -> dict[str, Any]:
 def _tent(asked: Asked, rate: float | None) -> dict[str, Any]:
     """tent[:LR] - those of the batch; scale and bias go down the entropy (Wang et al., 2021)."""
     rate = 1e-3 if rate is None else rate
-    experiment, sites = asked.experiment, _training(asked).prepared.sites
+    experiment = asked.experiment
     config, dataset = experiment.config, experiment.program.dataset
+    sites = site_paths(config, dataset.info.shape, dataset.info.num_classes)
     net = of_run(config, dataset.info.num_classes)
 
     def step(variables: Tree, adapted: Tree, rate: Any, feed: Tree, index: Any) -> Any:
@@ -195,7 +204,8 @@ def _adaptive(
     arguments of the compiled step."""
     experiment = asked.experiment
     config, dataset = experiment.config, experiment.program.dataset
-    net, sites = of_run(config, dataset.info.num_classes), _training(asked).prepared.sites
+    net = of_run(config, dataset.info.num_classes)
+    sites = _training(asked, "be put together with others").prepared.sites
     adapt.check_sites(sites, what)
 
     def step(variables: Tree, extra: Tree, feed: Tree, index: Any) -> Any:
@@ -255,12 +265,15 @@ def _between(name: str, meaning: str, low: float, high: float) -> Callable[[str]
 
 STATS: dict[str, Statistic] = {
     "running": Statistic(_running),
-    "batch": Statistic(_batch),
+    "batch": Statistic(_batch, on_batch=True),
     "precise": Statistic(_precise),
     "blend": Statistic(
-        _blend, _between("blend", "how many examples the running ones count as", 0, math.inf), True
+        _blend,
+        _between("blend", "how many examples the running ones count as", 0, math.inf),
+        needed=True,
+        on_batch=True,
     ),
     "examples": Statistic(_examples, _between("examples", "the weight of the example", 0, 1)),
     "corrected": Statistic(_corrected),
-    "tent": Statistic(_tent, _between("tent", "the learning rate", 0, math.inf)),
+    "tent": Statistic(_tent, _between("tent", "the learning rate", 0, math.inf), on_batch=True),
 }

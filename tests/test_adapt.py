@@ -142,8 +142,7 @@ def test_tent_takes_a_step_of_adam_down_the_entropy_of_what_is_no_padding():
     x, mask = np.float32(X[:, 0]), np.arange(8) < 6
     variables = jax.jit(Net().init)(jax.random.key(0), x)
     net, batch = of_model(Net()), {"x": x, "mask": mask}
-    sites = {"norm": Site("BatchNorm", {}, "pooled")}
-    adapted = adapt.tent_start(variables["params"], sites, 0.01)
+    adapted = adapt.tent_start(variables["params"], ["norm"], 0.01)
     assert set(adapted.affine["norm"]) == {"scale", "bias"} and set(adapted.affine) == {"norm"}
 
     def entropy(affine):
@@ -177,7 +176,7 @@ def test_tent_predicts_before_its_step():
     x = np.float32(X[:, 0])
     variables = jax.jit(Net().init)(jax.random.key(0), x)
     net, batch = of_model(Net()), {"x": x, "mask": np.ones(8, bool)}
-    adapted = adapt.tent_start(variables["params"], {"norm": Site("BatchNorm", {}, "pooled")}, 9.0)
+    adapted = adapt.tent_start(variables["params"], ["norm"], 9.0)
     logits, after = jax.jit(lambda a: adapt.tent(net, variables, batch, a, 9.0))(adapted)
     plain = jax.jit(lambda v: net.apply(v, batch, watch=Watch(use="batch")).output)
     assert_close(logits, plain(variables))
@@ -186,4 +185,4 @@ def test_tent_predicts_before_its_step():
 
 def test_tent_refuses_norms_without_scale_and_bias():
     with pytest.raises(UserError, match="neither"):
-        adapt.tent_start({"head": {"kernel": 1}}, {"norm": Site("batch", {}, "pooled")}, 0.1)
+        adapt.tent_start({"head": {"kernel": 1}}, ["norm"], 0.1)

@@ -186,6 +186,7 @@ def test_tent_with_a_rate_of_nothing_is_the_batch_and_otherwise_is_not(finished,
     batch = command("eval", f"--workdir={finished[0]}", "--stats=batch")
     still = command("eval", f"--workdir={finished[0]}", "--stats=tent:0")
     moved = command("eval", f"--workdir={finished[0]}", "--stats=tent:0.1")
+    assert still["depends_on_batch"] and batch["depends_on_batch"]
     assert still["loss"] == pytest.approx(batch["loss"], rel=1e-6)
     # The first 256 examples are predicted before any step.
     assert moved["loss"] != pytest.approx(batch["loss"], rel=1e-4)
@@ -242,6 +243,8 @@ def test_averaged_weights_are_evaluated_with_statistics_of_their_own(
         (["--stats=examples:1.5"], ["--stats=examples:1.5", "at most 1"]),
         (["--stats=tent:nan"], ["--stats=tent:nan", "the learning rate"]),
         (["--batches=0", "--stats=precise"], ["--batches=0", "at least 1"]),
+        (["--batches=5"], ["--batches=5: running takes no", "precise or --stats", "corrected"]),
+        (["--stats=examples", "--split=validation"], ["chooses its weight on the validation"]),
         (["--split=all"], ["unknown --split 'all'"]),
         (["--weights=mean"], ["unknown --weights 'mean'", "averaged, raw"]),
         (["--save=new", "--stats=blend:3"], ["--save", "--stats=precise", "blend has none"]),
@@ -259,8 +262,15 @@ def test_a_run_without_an_average_or_statistics_is_refused(tmp_path, refused):
     run(config, tmp_path / "run", show="off", tensorboard=False)
     workdir = "--workdir=run"
     refused(["eval", workdir, "--weights=averaged"], "kept no average", "--weights=raw")
-    for stats in ("precise", "blend:4", "examples", "corrected", "tent"):
-        refused(["eval", workdir, f"--stats={stats}", "--progress=off"], "no running statistics")
+    uses = {"precise": "taken anew", "blend:4": "put together", "corrected": "corrected"}
+    for stats, use in {**uses, "examples": "put together"}.items():
+        part = f"no running statistics that could be {use}"
+        refused(["eval", workdir, f"--stats={stats}", "--progress=off"], part)
+    # Its scales and biases can be adapted all the same.
+    folder = tmp_path / "run"
+    still, moved = (evaluate_run(folder, f"tent:{rate}")["loss"] for rate in (0, 0.1))
+    assert still == pytest.approx(evaluate_run(folder)["loss"], rel=1e-6)
+    assert moved != pytest.approx(still, rel=1e-4)
 
 
 @pytest.mark.parametrize(

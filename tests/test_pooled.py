@@ -27,5 +27,8 @@ def test_the_distance_is_how_far_the_normalised_input_moves():
     running = Stats(np.array([0.5, 1, 1, 3.2]), np.array([1, 9, 4, 0.25]))
     precise = Stats(x.mean(0), x.var(0))
     z, other = ((x - s.mean) / np.sqrt(s.var + 1e-5) for s in (precise, running))
-    assert distance(running, precise) == pytest.approx(np.sqrt(((z - other) ** 2).mean()), rel=1e-4)
-    assert distance(precise, precise) == 0
+    expected = pytest.approx(np.sqrt(((z - other) ** 2).mean()), rel=1e-4)
+    assert distance(running, precise, 1e-5) == expected
+    assert distance(precise, precise, 1e-5) == 0
+    at_0, at_1 = (Stats(np.array([mean]), np.zeros(1)) for mean in (0.0, 1.0))
+    assert distance(at_0, at_1, 0.01) == pytest.approx(10)

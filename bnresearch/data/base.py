@@ -93,8 +93,11 @@ class Dataset(Protocol):
     sharded_feed: bool
     max_steps_per_feed: int
 
-    def feed(self, seed: int, step: int, steps: int = 1) -> dict[str, Any]:
-        """What the training steps [step, step + steps) need; shapes depend on neither."""
+    def feed(
+        self, seed: int, step: int, steps: int = 1, reader: str = "training"
+    ) -> dict[str, Any]:
+        """What the training steps [step, step + steps) need; shapes depend on neither. Who reads
+        ahead of training, or behind it, names a reader of its own: each goes on where it was."""
         ...
 
     def train_batch(self, feed: dict[str, Any], seed: Any, step: Any, rows: Any) -> dict[str, Any]:

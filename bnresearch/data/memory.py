@@ -42,7 +42,9 @@ class InMemory:
         self._resident: dict[str, dict[str, jax.Array]] = {}
         self._order: tuple[int, int, dict[str, Any]] | None = None
 
-    def feed(self, seed: int, step: int, steps: int = 1) -> dict[str, jax.Array]:
+    def feed(
+        self, seed: int, step: int, steps: int = 1, reader: str = "training"
+    ) -> dict[str, jax.Array]:
         """The whole training part and the order of the epochs around ``step``.
 
         {"image": uint8 [N, H, W, C], "label": int32 [N], "order": int32 [K, N], "epoch": int32 []};

@@ -73,11 +73,13 @@ class Stream:
         # noise.
         weakref.finalize(self, _close_all, self._readers)
 
-    def feed(self, seed: int, step: int, steps: int = 1) -> dict[str, np.ndarray]:
+    def feed(
+        self, seed: int, step: int, steps: int = 1, reader: str = "training"
+    ) -> dict[str, np.ndarray]:
         """The batch of training step ``step``: a feed serves one step only."""
         if steps > self.max_steps_per_feed:
             raise ValueError(f"{steps} steps in one feed; a stream has {self.max_steps_per_feed}")
-        return self._read("feed", self._training(seed), seed, step)
+        return self._read(reader, self._training(seed), seed, step)
 
     def train_batch(self, feed: dict[str, Any], seed: Any, step: Any, rows: Any) -> dict[str, Any]:
         """See ``base.Dataset``; the feed is cropped already and holds ``rows`` only."""
