@@ -107,7 +107,7 @@ class _Supervisor:
         self._start, self._apart_since = plan.start, math.inf  # patience with those who come late
         self._stops, self._settled = 0, False
         self._said: Cause | None = None  # by the child, of its own end
-        self._refusal = ""
+        self._refusal, self._closed = "", False
         self._moved: float | None = None  # when the child gave its last sign of life
         self._beat = 0.0
         self._hub: _Peer | None = None  # for all but the first
@@ -148,6 +148,7 @@ class _Supervisor:
 
     def close(self) -> None:
         """Ends what it started."""
+        self._closed = True
         self._signal(signal.SIGKILL)
         self._child.wait()
         self._link.close()
@@ -235,10 +236,10 @@ class _Supervisor:
         while True:
             try:
                 self._new.put(_Peer(self._listener.accept()))
-            except OSError:
-                return  # closed
-            except Exception:  # somebody without the key
-                continue
+            except Exception:  # somebody without the key, or who has gone again
+                if self._closed:
+                    return
+                time.sleep(TICK_SECONDS)
 
     def _call(self, host: str, port: str, key: str) -> None:
         """In a thread: connects to the hub."""

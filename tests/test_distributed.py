@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 
@@ -93,11 +94,18 @@ def test_killed_and_stopped_runs_end_with_the_cause_and_resume_to_the_same_bits(
         assert running.wait() == [75, 75]
     assert status(run)["status"] == "stopped"
     assert status(run)["processes"] == [socket.gethostname()] * 2
+    shutil.copytree(run, tmp_path / "other")
     with training(2, run, *SHORT) as running:
         assert running.wait() == [0, 0], running.said(0)
     found = read(run / "result.json")
     assert (found["digest"], found["metrics"]) == (wanted["digest"], wanted["metrics"])
     assert metrics(run) == metrics(tmp_path / "whole")
+    # The same checkpoint goes on with one process, and with other devices.
+    alone = [["distributed.process=-1", "distributed.coordinator=''"]]
+    with training(1, tmp_path / "other", *SHORT, each=alone, devices=4) as running:
+        assert running.wait() == [0], running.said(0)
+    found = read(tmp_path / "other" / "result.json")["metrics"]["test"]
+    assert found == pytest.approx(wanted["metrics"]["test"], rel=1e-3)
 
 
 @pytest.mark.slow
