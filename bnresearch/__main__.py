@@ -56,15 +56,13 @@ def _train(values: flags.FlagValues, argv: list[str]) -> None:
     with without_gc():
         from bnresearch import distributed, processes, train
     from bnresearch.rundir import finite
-    from bnresearch.supervise import supervise
 
     for flag in ("config", "workdir"):
         _require(values, flag)
     command = ["python", "-m", "bnresearch", *sys.argv[1:]]
     plan = processes.plan(values.config.distributed)
-    if plan and not processes.is_child():
-        child = [sys.executable, *sys.orig_argv[1:]]
-        raise SystemExit(supervise(child, plan, values.workdir))
+    if plan and not processes.is_child():  # the config file says so
+        raise SystemExit(supervised(values.workdir, plan.coordinator))
     with distributed.joined(plan):
         result = train.run(values.config, values.workdir, show=values.progress, command=command)
         if distributed.is_first():
@@ -357,9 +355,26 @@ def main_with_others() -> None:
     leave(code)
 
 
+def supervised(workdir: str, coordinator: str = "") -> int:
+    """This very command as the child of a supervisor; its exit code."""
+    from bnresearch.supervise import supervise
+
+    flags = [f"--config.distributed.coordinator={coordinator}"] if coordinator else sys.argv
+    child = [sys.executable, *sys.orig_argv[1:]]
+    return supervise(child, workdir, processes.host(flags))
+
+
+def main_or_supervisor() -> int:
+    """`main`, in a child of its own where it may be one of several processes."""
+    workdirs = [item.removeprefix("--workdir=") for item in sys.argv if "--workdir=" in item]
+    if sys.argv[1:2] == ["train"] and workdirs and processes.given(sys.argv):
+        return supervised(workdirs[-1])
+    return main()
+
+
 if __name__ == "__main__":
     if processes.is_child():
         main_with_others()
-    code = main()
+    code = main_or_supervisor()
     gc.freeze()  # or python looks through all that jax has made before it ends: a third of a second
     sys.exit(code)

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ BEAT_SECONDS = 1.0
 TOLD = "BNRESEARCH_SUPERVISOR"  # in the environment of a child: file descriptor, host, port, key
 
 DEFAULTS: dict[str, Any] = {
-    "processes": 0,  # how many; 0: what the scheduler says (SLURM, Open MPI, Cloud TPU), else 1
+    "processes": 0,  # how many; 0: what the scheduler says (SLURM, Open MPI, GKE), else 1
     "process": -1,  # the number of this one; -1: what the scheduler says
     "coordinator": "",  # host:port of process 0, a free port there; "": what the scheduler says
     "heartbeat": 30,  # seconds without a sign of life after which a process counts as dead
@@ -47,34 +47,50 @@ def plan(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
     Raises:
       UserError: what is said is not enough, or impossible.
     """
-    given = Plan(*(config[name] for name in DEFAULTS))
+    asked = Plan(*(config[name] for name in DEFAULTS))
     for name in ("heartbeat", "start"):
         if config[name] < 1:
             raise UserError(f"distributed.{name}={config[name]}: give at least 1 second")
-    coordinator = given.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
-    given = given._replace(coordinator=coordinator)
-    if given.processes == 1 or not (given.processes or _scheduled(environment)):
-        if given.process > 0 or (given.coordinator and given.processes == 0 and given.process >= 0):
+    coordinator = asked.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
+    asked = asked._replace(coordinator=coordinator)
+    if asked.processes == 1 or not (asked.processes or _scheduled(environment)):
+        if asked.process > 0 or (asked.coordinator and asked.processes == 0 and asked.process >= 0):
             raise UserError(
-                f"distributed.process={given.process} of how many? Give distributed.processes, too"
+                f"distributed.process={asked.process} of how many? Give distributed.processes, too"
             )
         return None
-    if given.processes and given.process >= given.processes:
+    if asked.processes and asked.process >= asked.processes:
         raise UserError(
-            f"distributed.process={given.process}, but there are distributed.processes="
-            f"{given.processes}, counted from 0"
+            f"distributed.process={asked.process}, but there are distributed.processes="
+            f"{asked.processes}, counted from 0"
         )
-    by_hand = given.processes > 0 and not _scheduled(environment)
-    if by_hand and (given.process < 0 or not given.coordinator):
+    by_hand = asked.processes > 0 and not _scheduled(environment)
+    if by_hand and (asked.process < 0 or not asked.coordinator):
         raise UserError(
-            f"distributed.processes={given.processes}, and no scheduler says which this is: give "
+            f"distributed.processes={asked.processes}, and no scheduler says which this is: give "
             "distributed.process=0, 1, ... and distributed.coordinator=HOST:PORT (of process 0)"
         )
-    if given.coordinator:
-        _check_address(given.coordinator)
-    if given.process < 0 and _by_slurm(environment):
-        given = given._replace(process=int(environment["SLURM_PROCID"]))
-    return given
+    if asked.coordinator:
+        _check_address(asked.coordinator)
+    if asked.process < 0 and _by_slurm(environment):
+        asked = asked._replace(process=int(environment["SLURM_PROCID"]))
+    return asked
+
+
+def given(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a command line or a scheduler may say that there are others: known without reading
+    a config, which takes jax and seconds. Whoever sets `distributed` in a config file alone is
+    found out by `plan`."""
+    named = any(argument.startswith("--config.distributed.") for argument in arguments)
+    return named or _scheduled(environment)
+
+
+def host(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+    """Under which name other processes find this host, if it is that of the first."""
+    flag = "--config.distributed.coordinator="
+    named = [item.removeprefix(flag) for item in arguments if item.startswith(flag)]
+    address = (named or [""])[-1] or environment.get("JAX_COORDINATOR_ADDRESS", "")
+    return address.rpartition(":")[0] or environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _scheduled(environment: Mapping[str, str]) -> bool:

@@ -43,16 +43,16 @@ class Cause(NamedTuple):
     secondary: bool = False
 
 
-def supervise(command: Sequence[str], plan: Plan, workdir: str | Path) -> int:
+def supervise(command: Sequence[str], workdir: str | Path, host: str) -> int:
     """Runs a command as a process of a run with several; its exit code, or 1 where a failure, here
     or elsewhere, ended it.
 
     Args:
       command: of the child, which calls `distributed.joined`.
-      plan: of this process.
       workdir: the run folder, where the cause of a failure is written down.
+      host: under which name the others find this process if it is the first (`processes.host`).
     """
-    supervisor, started = _Supervisor(command, plan), datetime.now(UTC).isoformat()
+    supervisor, started = _Supervisor(command, host), datetime.now(UTC).isoformat()
     handlers = {
         number: signal.signal(number, supervisor.ask_to_stop)
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -99,12 +99,11 @@ class _Peer:
 
 
 class _Supervisor:
-    def __init__(self, command: Sequence[str], plan: Plan):
-        self.rank, self.hub_is_lost = plan.process, False
+    def __init__(self, command: Sequence[str], host: str):
+        self.rank, self.hub_is_lost = -1, False
         self.cause: Cause | None = None
-        # Noticed, agreed upon and ended within the heartbeat.
-        self._patience, self._grace = 0.8 * plan.heartbeat, min(GRACE_SECONDS, 0.1 * plan.heartbeat)
-        self._start, self._apart_since = plan.start, math.inf  # patience with those who come late
+        self._patience, self._grace, self._start = math.inf, GRACE_SECONDS, math.inf
+        self._apart_since = math.inf  # since when the child waits for the others
         self._stops, self._settled = 0, False
         self._said: Cause | None = None  # by the child, of its own end
         self._refusal, self._closed = "", False
@@ -113,7 +112,7 @@ class _Supervisor:
         self._hub: _Peer | None = None  # for all but the first
         self._peers: list[_Peer] = []  # for the first
         self._new: queue.SimpleQueue[_Peer] = queue.SimpleQueue()
-        host, key = _own_host(plan), secrets.token_hex(16)
+        key = secrets.token_hex(16)
         self._listener = Listener((host if is_loopback(host) else "", 0), authkey=key.encode())
         self._link, theirs = Pipe()
         with theirs:
@@ -193,7 +192,11 @@ class _Supervisor:
     def _hear_child(self, what: str, *rest: Any) -> None:
         self._moved = time.monotonic()
         if what == "joining":
-            self._apart_since = time.monotonic()
+            plan, self._apart_since = Plan(*rest), time.monotonic()
+            self.rank, self._start = plan.process, plan.start
+            # Noticed, agreed upon and ended within the heartbeat.
+            self._patience = 0.8 * plan.heartbeat
+            self._grace = min(GRACE_SECONDS, 0.1 * plan.heartbeat)
         elif what == "joined":
             self._apart_since, (self.rank, hub) = math.inf, rest
             if self.rank != 0 and hub:
@@ -326,9 +329,3 @@ class _Supervisor:
         with contextlib.suppress(ProcessLookupError):
             if self._child.poll() is None:
                 os.killpg(self._child.pid, number)
-
-
-def _own_host(plan: Plan) -> str:
-    """Under which name the others find the first supervisor: that of process 0."""
-    host = plan.coordinator.rpartition(":")[0]
-    return host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -59,9 +59,9 @@ SHORT = (
     "data.batch_size=64",
     "model.mlp.widths=(16, 12)",
     "model.mlp.dropout=0.1",
-    "train.duration=800st",
+    "train.duration=500st",
     "train.log_every=25st",
-    "train.eval_every=400st",
+    "train.eval_every=250st",
     "train.checkpoint_every=50st",
 )
 
@@ -77,22 +77,27 @@ def status(workdir):
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_runs_end_with_the_cause_and_resume_to_the_same_bits(tmp_path):
+def test_a_run_that_was_killed_stalled_and_stopped_ends_with_the_same_bits(tmp_path):
     with training(2, tmp_path / "whole", *SHORT) as whole:
         assert whole.wait() == [0, 0], whole.said(0)
     wanted = read(tmp_path / "whole" / "result.json")
     run = tmp_path / "run"
-    with training(2, run, *SHORT) as running:
-        running.until(lambda: begun(run, 5))
-        os.kill(children(running.processes[1])[0], signal.SIGKILL)
-        assert running.wait() == [1, 1]
-    assert status(run)["status"] == "failed"
-    assert re.match(r"process 1 on \S+ was ended by SIGKILL", status(run)["message"])
-    with training(2, run, *SHORT) as running:
-        running.until(lambda: begun(run, 20))
-        running.processes[1].terminate()
-        assert running.wait() == [75, 75]
-    assert status(run)["status"] == "stopped"
+
+    def disturbed(lines, index, number):
+        """How a run ends of which a process that computes gets a signal after so many lines."""
+        with training(2, run, *SHORT, heartbeat=5) as running:
+            running.until(lambda: begun(run, lines))
+            os.kill(children(running.processes[index])[0], number)
+            return running.wait(), status(run)["status"], status(run)["message"]
+
+    codes, state, message = disturbed(5, 0, signal.SIGKILL)
+    assert (codes, state) == ([1, 1], "failed")
+    assert re.match(r"process 0 on \S+ was ended by SIGKILL", message)
+    codes, state, message = disturbed(8, 1, signal.SIGSTOP)
+    assert (codes, state) == ([1, 1], "failed")
+    assert re.match(r"process 1 on \S+ did not move for 4 s", message)
+    codes, state, message = disturbed(11, 1, signal.SIGTERM)
+    assert (codes, state) == ([75, 75], "stopped")
     assert status(run)["processes"] == [socket.gethostname()] * 2
     shutil.copytree(run, tmp_path / "other")
     with training(2, run, *SHORT) as running:
@@ -108,17 +113,6 @@ def test_killed_and_stopped_runs_end_with_the_cause_and_resume_to_the_same_bits(
     assert found == pytest.approx(wanted["metrics"]["test"], rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gone", [0, 1])
-def test_a_process_that_no_longer_moves_ends_all_within_the_heartbeat(tmp_path, gone):
-    run = tmp_path / "run"
-    with training(2, run, *SHORT, heartbeat=5) as running:
-        running.until(lambda: begun(run, 2))
-        os.kill(children(running.processes[gone])[0], signal.SIGSTOP)
-        assert running.wait() == [1, 1]
-    assert re.match(rf"process {gone} on \S+ did not move for 4 s", status(run)["message"])
-
-
 RAISING = """
 import sys
 from bnresearch import __main__, books, distributed
@@ -127,7 +121,9 @@ def raising(self, step, split, values):
     if step == 50:
         raise RuntimeError("nothing works")
 books.NoMetrics.write = raising
-__main__.main_with_others() if __main__.processes.is_child() else sys.exit(__main__.main())
+if __main__.processes.is_child():
+    __main__.main_with_others()
+sys.exit(__main__.main_or_supervisor())
 """
 
 

@@ -119,17 +119,18 @@ def test_a_process_on_one_of_several_nodes_has_all_its_gpus(tmp_path, monkeypatc
     for name, value in {"STEP_NODELIST": "n[1-2]", "PROCID": "1", "NTASKS": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "")  # so that it is put back afterwards
     monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS")
     job, file = doing(tmp_path), tmp_path / "config.py"
     event = task._spread(job, Order(tmp_path / "runs", []), file)
     assert (event.id, event.status) == (job.id, status)
     assert os.environ["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3"
-    ((command, plan, workdir),) = called
+    ((command, workdir, host),) = called
     assert command[-3:] == [
         *(f"--config={file}", f"--workdir={tmp_path / 'runs' / job.id}", "--progress=off")
     ]
-    assert (plan.process, workdir) == (1, tmp_path / "runs" / job.id)
+    assert (workdir, host) == (tmp_path / "runs" / job.id, "n1")
 
 
 # ---- Following

@@ -82,9 +82,8 @@ def _spread(job: Job, order: Order, file: Path) -> Event:
         os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, range(gpus))))
     workdir = order.folder / job.id
     command = ["train", f"--config={file}", f"--workdir={workdir}", "--progress=off"]
-    plan = processes.plan(processes.DEFAULTS)
-    assert plan is not None, "SLURM says that this process is alone"
-    code = supervise([sys.executable, "-m", "bnresearch", *command], plan, workdir)
+    child = [sys.executable, "-m", "bnresearch", *command]
+    code = supervise(child, workdir, processes.host(command))
     status = {0: "done", 3: "diverged", LEFT: "stopped"}.get(code, "failed")
     return Event(job.id, status, f"exit code {code}")
 
