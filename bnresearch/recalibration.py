@@ -1,5 +1,6 @@
 """Precise batch normalization of anybody's flax model: see precise.py."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -69,8 +70,9 @@ def recalibrate(
         precise = _recalibrated(net, variables, batches, count, way, only, allow_fewer)
         if count is not None and precise.batches < count and not allow_fewer:
             raise _too_few(precise.batches, count)
-    except UserError as error:
-        agree(error)
+    except Exception as error:
+        with contextlib.suppress(UserError):
+            agree(error if isinstance(error, UserError) else UserError(repr(error)))
         raise
     agree()
     return type(variables)({**variables, "batch_stats": precise.batch_stats})

@@ -84,6 +84,23 @@ def test_a_step_out_of_order_and_another_seed_start_anew(load):
     same(dataset.feed(3, 0), first[0])
 
 
+def test_a_reader_aside_leaves_that_of_training_where_it_is(load, monkeypatch):
+    dataset, started = load(), []
+
+    class Reader(stream._Reader):
+        def __init__(self, batches, seed, step, *rest):
+            started.append(step)
+            super().__init__(batches, seed, step, *rest)
+
+    expected = [load().feed(3, step) for step in range(6)]
+    monkeypatch.setattr(stream, "_Reader", Reader)
+    same(dataset.feed(3, 0), expected[0])
+    for step in (4, 5):
+        same(dataset.feed(3, step, reader="aside"), expected[step])
+    same(dataset.feed(3, 1), expected[1])
+    assert started == [0, 4]
+
+
 def test_every_example_once_per_epoch_although_the_batch_does_not_divide(load):
     dataset = load(augment="none", batch_size=16)
     feed = dataset.eval_feed("train")

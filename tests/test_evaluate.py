@@ -12,13 +12,15 @@ from run_tools import DIGITS, snapshot
 
 from bnresearch import __main__ as cli
 from bnresearch import config as configs
+from bnresearch import evaluate
 from bnresearch.checkpoint import Checkpoints
 from bnresearch.config import unresolve
+from bnresearch.doctor.run import diagnose_run
 from bnresearch.errors import UserError
 from bnresearch.evaluate import evaluate_run, on_one_device
-from bnresearch.experiment import prepare
+from bnresearch.experiment import initial_state, prepare
 from bnresearch.rundir import open_run, read_config, read_status
-from bnresearch.stats import GRID, STATS
+from bnresearch.stats import GRID, STATS, Asked
 from bnresearch.train import run
 
 SHORT = (
@@ -120,6 +122,7 @@ def test_precise_statistics_are_those_of_the_batches_after_the_checkpoint(
     running = state.batch_stats["norm1"]
     s, rs = np.sqrt(var + 1e-5), np.sqrt(running["var"] + 1e-5)
     far = np.sqrt(((s / rs - 1) ** 2 + ((mean - running["mean"]) / rs) ** 2).mean())
+    assert "depends_on_batch" not in found
     assert found["recalibration"] == {
         "batches": 3,
         "examples": 180,
@@ -143,6 +146,7 @@ def test_blended_statistics_do_not_count_padding(finished, state, data, command)
 
     assert data[1][1]["mask"].sum() == 14
     assert_metrics(found, metrics(state.params, data[1], blended))
+    assert found["depends_on_batch"] is True
 
 
 def test_examples_have_the_weight_that_was_given(finished, state, data, command):
@@ -217,6 +221,43 @@ def test_saved_statistics_are_a_run_of_their_own(finished, command, tmp_path):
     assert json.loads((new / "origin.json").read_text()) == origin
     with pytest.raises(UserError, match=r"saved by eval, from step 30 of .*evaluate it, or train"):
         open_run(new, read_config(new), [])
+
+
+@pytest.mark.slow
+def test_what_was_saved_can_be_diagnosed_and_not_trained_on(finished, tmp_path, refused):
+    new = tmp_path / "new"
+    evaluate_run(finished[0], "precise", batches=3, save=new)
+    config = [f"--config={DIGITS}", *(f"--config.{change}" for change in SHORT)]
+    refused(["train", *config, f"--workdir={new}"], "saved by eval, from step 30 of")
+    assert diagnose_run(new, batches=10).findings == []
+
+
+def test_a_folder_that_cannot_be_saved_whole_does_not_appear(finished, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate_run(finished[0], "precise", batches=3, save=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "passes"), [((), 3), (("norm1 -> lp",), 3), (("norm1 -> lp", "norm2 -> lp"), 2)]
+)
+def test_progress_counts_every_batch_of_both_ways(rules, passes):
+    """One pass, then one for each pooled site and one for all that have their own update."""
+    changes = [*SHORT[:1], "model.mlp.widths=(9, 7)", f"norm.rules={rules!r}"]
+    experiment = prepare(configs.load(DIGITS, changes))
+    totals, ticks = [], []
+
+    def tick(total):
+        totals.append(total)
+        return lambda: ticks.append(1)
+
+    asked = Asked(experiment, initial_state(experiment), "test", 2, tick)
+    STATS["precise"].run(asked, None)
+    assert totals == [len(ticks)] == [2 * passes]
 
 
 def test_averaged_weights_are_evaluated_with_statistics_of_their_own(

@@ -98,4 +98,4 @@ def test_two_processes_with_unequal_shares_get_the_statistics_of_all(tmp_path, v
         assert len(refused) == len(reasons), text
         for line, reason in zip(refused, reasons, strict=True):
             assert reason in line
-            assert ("process 0: " in line) == (index == 1)
+            assert ("process 0: " in line) == (index == 1)  # whose it is, said to the other

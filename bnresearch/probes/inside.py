@@ -199,7 +199,7 @@ class Inside:
     def _given(self, ahead: int) -> Tree:
         """All arrays of a View."""
         dataset, step = self.program.dataset, self.step + ahead
-        feed = dataset.feed(self.experiment.seed, step, reader="aside")
+        feed = dataset.feed(self.experiment.seed, step, reader="probes")
         if dataset.sharded_feed:
             feed = self.layout.put_batch(feed)
         else:
