@@ -25,7 +25,9 @@ PARTS: dict[str, str] = {
     "probes": "what looking inside a run costs, in training steps",
     "sweep": "100 runs against the same loop in PyTorch",
     "input": "images/s of each way to the data",
+    "decode": "JPEGs of ImageNet's sizes by several libraries, on one core",
     "devices": "collectives of a BatchNorm layer on several devices",
+    "processes": "a step of two processes against two devices of one",
     "report": "the report of a study with 2,000 runs",
     "gpu": "ResNet-50 in bfloat16 and epochs of CIFAR-10; on a GPU only",
 }
@@ -34,6 +36,7 @@ PARTS: dict[str, str] = {
 ON_GPU = ("layer", "gpu")
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
+SCALING = DOCS / "scaling.md"  # with the further tables of a part
 IMAGES = DOCS / "images"
 
 
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks",
         description="Side-by-side measurements. Each part prints a table and writes "
         "benchmarks/results/PART.json (PART-gpu.json on a GPU) and a picture; without --quick, "
-        "table and picture in docs/performance.md follow.",
+        "table and picture in docs/performance.md (and docs/scaling.md) follow.",
     )
     parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
     default = f"default: all; on a GPU {', '.join(ON_GPU)}"
@@ -86,15 +89,22 @@ def summary(part: ModuleType) -> str:
 
 
 def show(part: ModuleType, result: dict[str, Any]) -> None:
-    """Print the table of a result, and what is not in it."""
-    table = Table(*part.HEADER, title=f"{summary(part)} ({about(result)})")
-    for row in part.table(result):
-        table.add_row(*row)
+    """Print the tables of a result, and what is not in it."""
+    own = (f"{summary(part)},", part.HEADER, part.table(result))
     console = Console()
-    if result["rows"]:
-        console.print(table)
+    for title, header, rows in (own, *further(part, result).values()):
+        table = Table(*header, title=f"{title} {about(result)}")
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
     for line in left_out(result):
         console.print(line, markup=False)
+
+
+def further(part: ModuleType, result: dict[str, Any]) -> dict[str, Any]:
+    """``{mark: (title, header, rows)}`` of the tables that a part has besides its own."""
+    return part.further(result) if hasattr(part, "further") else {}
 
 
 def left_out(result: dict[str, Any]) -> list[str]:
@@ -112,22 +122,34 @@ def about(result: dict[str, Any]) -> str:
 
 
 def update_page() -> None:
-    """Put the results that there are between the marks of docs/performance.md."""
-    page = PAGE.read_text()
+    """Put the results that there are between the marks of the pages."""
+    bodies = {}
     for name in PARTS:
         found = [path for stem in (name, f"{name}-gpu") for path in RESULTS.glob(f"{stem}.json")]
         if found:
-            body = "\n".join(markdown(module(name), path) for path in found)
-            marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            page = re.sub(marks, lambda m, body=body: m[1] + body + m[2], page, flags=re.S)
-    PAGE.write_text(page)
+            bodies[name] = "\n".join(markdown(module(name), path) for path in found)
+        for path in found:
+            result = json.loads(path.read_text())
+            for mark, (title, header, rows) in further(module(name), result).items():
+                head = f"{title} {about(result)}."
+                bodies[mark] = "\n".join([head, "", *lines_of(header, rows), "", ""])
+    for page in (PAGE, SCALING):
+        text = page.read_text()
+        for mark, body in bodies.items():
+            marks = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
+            text = re.sub(marks, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
+        page.write_text(text)
+
+
+def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
 
 
 def markdown(part: ModuleType, path: Path) -> str:
     """A result as a markdown table, with its picture where there is one."""
     result = json.loads(path.read_text())
-    rows = [part.HEADER, ("---",) * len(part.HEADER), *part.table(result)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = lines_of(part.HEADER, part.table(result))
     picture = IMAGES / picture_of(path.stem)
     image = [f"![{summary(part)}](images/{picture.name})", ""] if picture.is_file() else []
     notes = [f"{line}\n" for line in left_out(result)]

@@ -5,18 +5,21 @@ of them, as the step of a run is in each mode, and what the second one adds is c
 and bytes of their results on each device. Forward is what the output needs; statistics are the
 running ones, besides; backward is what the gradient with respect to the input adds. Gradients of
 parameters are averaged once per step, whatever the norm, and are not in it.
+
+Besides, for docs/scaling.md: what the whole step of ResNet-50 computes and sends (`pod_step`), and
+what a model makes of that on interconnects (`pod`).
 """
 
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import pod, pod_step
+from benchmarks.hlo import collectives
 from benchmarks.measure import exact
 from benchmarks.picture import Bars
 
@@ -28,24 +31,43 @@ MODES = ("jit", "shard_map", "pmap")
 SCOPES = {1: ("global",), 2: ("global", "device")}
 SCOPES |= dict.fromkeys((4, 8), ("global", "group:2", "device"))
 PARTS = ("forward", "statistics", "backward")
+LONGEST = 1200  # seconds that a process may take
 FEATURES, PER_DEVICE = 100, 32
-COLLECTIVE = (
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """A row per number of devices, mode and scope, from a process with so many fake devices."""
+    """A row per number of devices, mode and scope; "resnet50" has one per number of devices and
+    scope, "predicted" is `pod.predict` of these."""
     counts = (1, 2) if quick else (1, 2, 4, 8)
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(max(counts))}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.devices", *map(str, counts)],
+    size, most = (pod_step.Size(18, 32, 2), (2,)) if quick else (pod_step.Size(), (8, 64))
+    scopes = ("global",) if quick else ("global", "group:8", "device")
+    processes = [on_fake_devices(max(counts), "benchmarks.devices", *counts)]
+    processes += [on_fake_devices(n, "benchmarks.pod_step", n, *size, *scopes) for n in most]
+    try:
+        rows, *counted = (result_of(process) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    steps = list(itertools.chain(*counted))
+    return {"rows": rows, "resnet50": steps, "predicted": pod.predict(steps)}
+
+
+def on_fake_devices(count: int, module: str, *arguments: Any) -> "subprocess.Popen[bytes]":
+    """A process that sees so many, at work; nothing in it is timed, so that several may work."""
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
         env=os.environ | environment,
-        check=True,
         stdout=subprocess.PIPE,
     )
-    return {"rows": json.loads(done.stdout.splitlines()[-1])}
+
+
+def result_of(process: "subprocess.Popen[bytes]") -> Any:
+    """What the last line of its output says, when it has ended."""
+    output, _ = process.communicate(timeout=LONGEST)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return json.loads(output.splitlines()[-1])
 
 
 def main(counts: list[int]) -> None:
@@ -70,19 +92,6 @@ def added(mode: str, scope: str, devices: int) -> dict[str, dict[str, dict[str, 
         part: dict(counted - one["forward"] if part != "forward" else counted)
         for part, counted in one.items()
     }
-
-
-def collectives(text: str) -> "Counter[str]":
-    """Operations and bytes of their results on a device, in the text of a compiled module."""
-    found: Counter[str] = Counter()
-    for shapes, _ in re.findall(COLLECTIVE, text):
-        found["operations"] += 1
-        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            length = 1
-            for size in filter(None, sizes.split(",")):
-                length *= int(size)
-            found["bytes"] += BYTES[kind] * length
-    return found
 
 
 def program(part: str, sites: int, mode: str, scope: str, devices: int) -> str:
@@ -131,6 +140,21 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for row in result["rows"]
     ]
+
+
+def further(result: dict[str, Any]) -> dict[str, tuple[str, tuple[str, ...], list[Any]]]:
+    """``{mark in docs/scaling.md: (title, header, rows)}``."""
+    ways = {"predicted": False, "predicted, by sums": True}
+    predicted = {
+        mark: (
+            "Modelled, not measured: efficiency of ResNet-50 in percent, from counts on",
+            pod.HEADER,
+            pod.table(row for row in result["predicted"] if row["by_sums"] == sums),
+        )
+        for mark, sums in ways.items()
+    }
+    title = "Counted in the compiled module: what a step of ResNet-50 computes and sends,"
+    return {"resnet50": (title, pod_step.HEADER, pod_step.table(result["resnet50"]))} | predicted
 
 
 def panels(result: dict[str, Any]) -> list[Bars]:

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ def say(what: str) -> None:
     print(f"[{time.monotonic() - STARTED:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
-def in_turn(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def in_turn(
+    work: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each function, called ``repeats`` times in turn, after one untimed call each.
 
     Every other round goes backwards, so that a drift of the machine favours nobody.
@@ -59,10 +64,18 @@ def in_turn(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for i in range(repeats):
         for name in list(work)[:: -1 if i % 2 else 1]:
-            start = time.perf_counter()
+            start = clock()
             work[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
+
+
+def used_by_children() -> float:
+    """Processor time that the running processes started here by multiprocessing took, in
+    seconds (Linux)."""
+    # The number of a process's clock, as clock_getcpuclockid(3) makes it.
+    clocks = [(~child.pid << 3) | 2 for child in active_children() if child.pid]
+    return sum(time.clock_gettime(clock) for clock in clocks)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:

@@ -64,8 +64,8 @@ def recalibrate(
       UserError: no site with running statistics; variables or batches that do not fit the model;
         too few batches; ``only`` matches no site; inputs of a site that are not finite.
     """
-    way = lookup(WAYS, how, "how to recalibrate")
     try:
+        way = lookup(WAYS, how, "how to recalibrate")
         net = of_model(model, call)
         precise = _recalibrated(net, variables, batches, count, way, only, allow_fewer)
         if count is not None and precise.batches < count and not allow_fewer:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import devices, layer, measure, peers, picture, step
+from benchmarks import devices, hlo, layer, measure, peers, picture, step
 from bnresearch import config as configs
 from bnresearch.step import make_init
 
@@ -39,7 +39,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
   %c = f32[100]{0} all-reduce-done(%b)
   %d = s32[] add(%e, %f)
 """
-    assert devices.collectives(text) == {"operations": 2, "bytes": 400 + 400 + 32}
+    assert hlo.collectives(text) == {"operations": 2, "bytes": 400 + 400 + 32}
 
 
 def test_one_device_under_jit_needs_no_collective_and_two_need_some():
@@ -159,7 +159,8 @@ def test_the_page_shows_results_between_its_marks(tmp_path, monkeypatch):
     (tmp_path / "performance_report.png").touch()
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- report -->\nold\n<!-- end -->\nafter\n<!-- gpu -->\n<!-- end -->")
-    for name, value in {"PAGE": page, "RESULTS": tmp_path, "IMAGES": tmp_path}.items():
+    paths = {"PAGE": page, "SCALING": page, "RESULTS": tmp_path, "IMAGES": tmp_path}
+    for name, value in paths.items():
         monkeypatch.setattr(command, name, value)
     command.update_page()
     text = page.read_text()
@@ -180,7 +181,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
 # The others take minutes even so: `python -m benchmarks --quick` runs them all.
 PARTS = [
     pytest.param(part, marks=() if part == "gpu" else pytest.mark.slow)
-    for part in ("input", "devices", "recalibration", "report", "gpu")
+    for part in ("input", "decode", "devices", "recalibration", "report", "gpu")
 ]
 
 
@@ -203,6 +204,9 @@ def test_a_part_runs(part, tmp_path):
     assert result["rows"]
     assert (tmp_path / f"performance_{part}-quick.png").stat().st_size > 5000
     assert all(len(line) == len(command.module(part).HEADER) for line in rows_of(part, result))
+    for _, header, rows in command.further(command.module(part), result).values():
+        assert rows
+        assert all(len(row) == len(header) for row in rows)
 
 
 def rows_of(part, result):

@@ -9,7 +9,6 @@ from tfds_tools import put_together, same
 
 from bnresearch import data
 from bnresearch.data.base import Share
-from bnresearch.data.synthetic import Synthetic
 from bnresearch.errors import UserError
 
 
@@ -64,14 +63,14 @@ def test_a_share_does_not_depend_on_workers_nor_on_where_reading_starts(load):
 
 
 def test_a_process_reads_its_share_only(load, monkeypatch):
-    read, indices = Synthetic.read, []
-
-    def noted(self, split, chosen):
-        indices.extend(chosen)
-        return read(self, split, chosen)
-
-    monkeypatch.setattr(Synthetic, "read", noted)
     dataset = load(Share(1, 4, 2))
+    read, indices = dataset._source.read, []
+
+    def noted(split, chosen):
+        indices.extend(chosen)
+        return read(split, chosen)
+
+    monkeypatch.setattr(dataset._source, "read", noted)
     # As grain's workers ask for it, without what they read ahead.
     assert len(dataset._training(0)[5]["label"]) == len(indices) == 4
     indices.clear()

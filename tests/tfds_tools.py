@@ -89,3 +89,20 @@ def tiny(count=40, **changes):
 def raw(dataset, split):
     feed = dataset.eval_feed(split)
     return np.asarray(feed["image"]), np.asarray(feed["label"])
+
+
+def same(one, other):
+    """Two feeds are equal, bit for bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def put_together(feeds, microbatches):
+    """The whole batch of the feeds of all processes, after the words of ``data.base.Share``."""
+    whole = {}
+    for name in feeds[0]:
+        parts = [np.split(feed[name], microbatches) for feed in feeds]  # [process][microbatch]
+        rows = [parts[p][m] for m in range(microbatches) for p in range(len(feeds))]
+        whole[name] = np.concatenate(rows)
+    return whole

@@ -48,7 +48,9 @@ class TfdsSource:
 
     def read(self, split: str, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
         """See ``base.Source.read``."""
-        records = self._records[split].__getitems__([int(i) for i in indices])
+        stored, places = self._records[split], [int(i) for i in indices]
+        # Several at once start threads of their own, which for one take longer than the reading.
+        records = stored.__getitems__(places) if len(places) > 1 else [stored[i] for i in places]
         return [(self._decode(record["image"]), int(record["label"])) for record in records]
 
     def _decode(self, picture: bytes) -> np.ndarray:
