@@ -6,8 +6,12 @@ import jax
 import pytest
 from run_tools import assert_one_message, snapshot
 
+from bnresearch.train import enable_compilation_cache
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# As `train` does itself, in subprocesses as well: a program is compiled once for all of them.
+enable_compilation_cache()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Gradient accumulation: exact whole-batch statistics, or one ghost batch per microbatch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,11 @@ MODELS = {
 COUNTS = {"mlp": (2, 4), "resnet": (2,)}
 
 
+# What several tests compare with is computed once, if one worker has them all.
+TOGETHER = pytest.mark.xdist_group("accumulate")
+
+
+@functools.cache
 def gradients(*overrides, devices=1):
     """Loss, gradient and running statistics of the first step, and the layout's device count."""
     config = configs.load(
@@ -73,6 +80,7 @@ def test_exact_statistics_give_the_gradient_of_the_whole_batch(model):
     assert difference > 1e-3
 
 
+@TOGETHER
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
 def test_exact_statistics_on_eight_devices(mode):
@@ -96,6 +104,7 @@ def test_exact_statistics_are_those_of_the_whole_batch_or_refused(scope):
     gradients(*MODELS["mlp"], *overrides, "norm.kind=layer", devices=8)
 
 
+@TOGETHER
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
 def test_a_microbatch_is_a_ghost_batch_on_any_number_of_devices(mode):

@@ -327,3 +327,15 @@ def test_powers_of_extremes_are_numbers():
     assert power.tost_power(10, 0.0, 0.0, 1.0, 0.05) == 1
     assert power.tost_power(10, 2.0, 1.0, 1.0, 0.05) == 0
     assert power.tost_power(3, 0.0, 50.0, 1.0, 0.05) == pytest.approx(0, abs=1e-3)
+
+
+def test_flips_that_are_equal_up_to_rounding_count_as_equal():
+    """0.1 + 0.2 - 0.3 is not 0 in floating point: whole numbers say which flips are ties."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        whole = rng.integers(-5, 6, size=7)
+        whole[-1] = -whole[:-1].sum()
+        signs = 1 - 2 * (np.arange(2**7)[:, None] >> np.arange(7) & 1)
+        sums = (signs * whole).sum(1)
+        above, below = estimate.sign_flips(whole / 10)
+        assert (above, below) == ((sums >= 0).mean(), (sums <= 0).mean())

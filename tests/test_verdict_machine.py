@@ -21,12 +21,19 @@ from verdict_tools import (
     value,
 )
 
-from bnresearch.verdict import power
+from bnresearch.verdict import deciding, power
 
 SEEDS = 10
 ALPHA = 0.05
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def nothing_needed(monkeypatch):
+    """The seeds that an inconclusive claim would need decide nothing, and take a quarter of the
+    time; test_verdict.py and test_verdict_values.py have them."""
+    monkeypatch.setattr(deciding, "_needed", lambda case, family: None)
 
 
 def limits(share, studies):
