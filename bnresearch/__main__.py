@@ -349,7 +349,9 @@ def main_with_others() -> None:
 
     try:
         code = main()
-    except Exception:
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
         traceback.print_exc()
         code = 1
     leave(code)

@@ -61,22 +61,22 @@ def joined(plan: Plan | None) -> Iterator[None]:
     Raises:
       UserError: they did not come together in time, or differ.
     """
+    processes.report_to_supervisor()
     if plan is None:
         yield
         return
-    processes.report_to_supervisor()
-    _initialize(plan)
-    _joined.append(plan)
-    _tell_supervisor()
-    _compare_clocks()
     try:
+        _initialize(plan)
+        _joined.append(plan)
+        _tell_supervisor()
+        _compare_clocks(plan)
         yield
     except (Diverged, Stopped):
         raise  # so do all others
-    except Exception as error:
+    except BaseException as error:
         # Another process that ends by an error may be the reason for this one.
         by_others = isinstance(error, jax.errors.JaxRuntimeError)
-        processes.tell("error", f"{_own_name()}: {type(error).__name__}: {error}", by_others)
+        processes.tell("error", f"{_own_name(plan)}: {type(error).__name__}: {error}", by_others)
         raise
 
 
@@ -110,12 +110,18 @@ def _initialize(plan: Plan) -> None:
     # The supervisors are to be first, with the start and with the end: they know the reason, and
     # jax would abort without a word.
     later = 60 if processes.is_child() else 0
-    jax.distributed.initialize(
-        **given,
-        initialization_timeout=plan.start + later,
-        heartbeat_timeout_seconds=plan.heartbeat + later,
-        coordinator_bind_address=plan.coordinator if loopback else None,
-    )
+    try:
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=plan.start + later,
+            heartbeat_timeout_seconds=plan.heartbeat + later,
+            coordinator_bind_address=plan.coordinator if loopback else None,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes of this run cannot find each other: {str(error).splitlines()[0]}; give "
+            "distributed.processes, distributed.process and distributed.coordinator"
+        ) from error
 
 
 def _reach(plan: Plan) -> None:
@@ -142,19 +148,20 @@ def _tell_supervisor() -> None:
     processes.tell("joined", jax.process_index(), json.loads(hub))
 
 
-def _compare_clocks() -> None:
+def _compare_clocks(plan: Plan) -> None:
     first = float(broadcast_bytes(repr(time.time()).encode()))
     apart = time.time() - first
     if abs(apart) > APART:
         print(
-            f"warning: the clock of {_own_name()} is {apart:+.0f} s from that of process 0: times "
-            "in logs do not compare",
+            f"warning: the clock of {_own_name(plan)} is {apart:+.0f} s from that of process 0: "
+            "times in logs do not compare",
             file=sys.stderr,
         )
 
 
-def _own_name() -> str:
-    return f"process {jax.process_index()} on {socket.gethostname()}"
+def _own_name(plan: Plan) -> str:
+    number = jax.process_index() if _joined else plan.process
+    return f"process {number} on {socket.gethostname()}"
 
 
 # ---- To agree
@@ -248,7 +255,10 @@ def require_equal(what: str, digest: str) -> None:
     else would notice, and each would train a net of its own with the gradients of all."""
     found = everybodys(digest.encode())
     if differing := [index for index, other in enumerate(found) if other != found[0]]:
-        raise RuntimeError(f"{what} is not the same in processes 0 and {differing[0]}")
+        raise UserError(
+            f"{what} is not the same in processes 0 and {differing[0]}: start all with the same "
+            "source, data and kind of device"
+        )
 
 
 def names() -> list[str]:

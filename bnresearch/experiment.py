@@ -185,7 +185,8 @@ def _build(config: ConfigDict) -> Program:
         config.data.batch_size,
         config.train.accumulate,
     )
-    dataset = data.load(config.data, _share(config, layout))
+    sizes = {**config.data, "eval_batch_size": _eval_batch_size(config, layout)}
+    dataset = data.load(sizes, _share(config))
     entry = MODELS[config.model.name]
     entry.check(configs.chosen(config, "model"), dataset.info.shape)
     check_rules(config, dataset.info.shape, dataset.info.num_classes)
@@ -226,14 +227,15 @@ def _build(config: ConfigDict) -> Program:
     )
 
 
-def _share(config: ConfigDict, layout: Layout) -> Share:
+def _eval_batch_size(config: ConfigDict, layout: Layout) -> int:
+    """That of the config; over several processes the next that divides over the devices. What is
+    too much is padding, which no metric counts."""
+    size, devices = config.data.eval_batch_size, layout.device_count
+    return size if jax.process_count() == 1 else -(-size // devices) * devices
+
+
+def _share(config: ConfigDict) -> Share:
     """Which rows of a batch a stream reads in this process."""
-    size = config.data.eval_batch_size
-    if jax.process_count() > 1 and size % layout.device_count:
-        raise UserError(
-            f"data.eval_batch_size={size} does not divide over the {layout.device_count} devices "
-            f"of {jax.process_count()} processes; choose a multiple of {layout.device_count}"
-        )
     return Share(jax.process_index(), jax.process_count(), config.train.accumulate)
 
 
@@ -345,7 +347,7 @@ def eval_step(experiment: Experiment, use: str) -> Callable[..., Tree]:
     """The compiled ``(params, batch_stats, feed, step) -> sums`` over one evaluation batch."""
     config, program = experiment.config, experiment.program
     if use not in program.eval_steps:
-        size, mesh = config.data.eval_batch_size, program.layout.mesh
+        size, mesh = _eval_batch_size(config, program.layout), program.layout.mesh
         divides = mesh.size > 1 and size % mesh.size == 0
         sharding = NamedSharding(mesh, PartitionSpec(AXES)) if divides else None
         step = make_eval_step(config, program.dataset, size, sharding, use=use)

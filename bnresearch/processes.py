@@ -48,9 +48,11 @@ def plan(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
       UserError: what is said is not enough, or impossible.
     """
     asked = Plan(*(config[name] for name in DEFAULTS))
-    for name in ("heartbeat", "start"):
-        if config[name] < 1:
-            raise UserError(f"distributed.{name}={config[name]}: give at least 1 second")
+    for name, least in (("heartbeat", 5), ("start", 1)):
+        if config[name] < least:
+            raise UserError(
+                f"distributed.{name}={config[name]}: give at least {least} second{'s'[: least - 1]}"
+            )
     coordinator = asked.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
     asked = asked._replace(coordinator=coordinator)
     if asked.processes == 1 or not (asked.processes or _scheduled(environment)):

@@ -22,8 +22,15 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from multiprocessing import Pipe
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing import AuthenticationError, Pipe
+from multiprocessing.connection import (
+    Client,
+    Connection,
+    Listener,
+    answer_challenge,
+    deliver_challenge,
+    wait,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +40,7 @@ from bnresearch.processes import BEAT_SECONDS, TOLD, Plan, is_loopback
 
 TICK_SECONDS = 0.2
 GRACE_SECONDS = 3.0  # at most, for causes to come in and a child to end by itself, when all are to
+HANGING_SECONDS = 10.0  # after SIGKILL
 WELL = (0, 3, 75)  # exit codes with which all processes end together
 
 
@@ -59,7 +67,8 @@ def supervise(command: Sequence[str], workdir: str | Path, host: str) -> int:
     }
     try:
         code = supervisor.run()
-        if supervisor.cause and (supervisor.rank == 0 or supervisor.hub_is_lost):
+        ours = supervisor.rank == 0 or supervisor.hub_is_lost
+        if supervisor.is_failed and supervisor.cause and ours:
             record(workdir, supervisor.cause.message, started)
         return code
     finally:
@@ -73,9 +82,9 @@ def record(workdir: str | Path, message: str, started: str) -> None:
     of what its first process may have said itself since ``started``."""
     # What made the run fail (a full disk) may keep us from writing it down; it is told anyway.
     with contextlib.suppress(OSError, UserError):
-        before = rundir.read_status(workdir) or {}
-        own = before.get("status") == "failed" and before["heartbeat"] >= started
-        if own or before.get("status") == "running":
+        before = rundir.read_status(workdir) or {"status": "", "step": 0, "command": sys.argv}
+        saved = before["status"] == "stopped" and before["heartbeat"] >= started
+        if not saved and before["status"] not in ("done", "diverged"):
             config, command = rundir.read_config(workdir), before["command"]
             with rundir.open_run(workdir, config, command) as folder:
                 folder.set_status("failed", before["step"], message, device=before.get("device"))
@@ -102,6 +111,7 @@ class _Supervisor:
     def __init__(self, command: Sequence[str], host: str):
         self.rank, self.hub_is_lost = -1, False
         self.cause: Cause | None = None
+        self.is_failed = False
         self._patience, self._grace, self._start = math.inf, GRACE_SECONDS, math.inf
         self._apart_since = math.inf  # since when the child waits for the others
         self._stops, self._settled = 0, False
@@ -113,7 +123,8 @@ class _Supervisor:
         self._peers: list[_Peer] = []  # for the first
         self._new: queue.SimpleQueue[_Peer] = queue.SimpleQueue()
         key = secrets.token_hex(16)
-        self._listener = Listener((host if is_loopback(host) else "", 0), authkey=key.encode())
+        self._key = key.encode()
+        self._listener = Listener((host if is_loopback(host) else "", 0), backlog=128)
         self._link, theirs = Pipe()
         with theirs:
             about = [str(theirs.fileno()), host, str(self._listener.address[1]), key]
@@ -138,18 +149,21 @@ class _Supervisor:
         self._drain()
         code = self._child.poll()
         if self.cause is None and code is not None:
-            if self._stops and -code in (signal.SIGTERM, signal.SIGKILL):
-                code = 75  # before it had joined the others, or by a second signal
             if code in WELL:
                 return self._leave(code)
             self.cause = self._said or Cause(self._explain(code), -code == signal.SIGABRT)
+            # By a signal before it had joined the others, or by a second one.
+            if -code == (signal.SIGTERM if self._stops == 1 else signal.SIGKILL) and self._stops:
+                self.cause = Cause(f"{self._name()} was stopped before it could save")
+                self._fail()
+                self.is_failed = False
+                return 75
         return self._fail()
 
     def close(self) -> None:
         """Ends what it started."""
         self._closed = True
-        self._signal(signal.SIGKILL)
-        self._child.wait()
+        self._end_child()
         self._link.close()
         self._listener.close()
 
@@ -215,8 +229,10 @@ class _Supervisor:
         elif what == "done":
             peer.done = True
         elif what == "failed":
+            peer.done = True  # it may go
             self._suspect(Cause(*rest))
         elif what == "end":
+            peer.done = True
             self.cause, self._settled = Cause(*rest), True
         elif what == "gone":
             self._forget(peer)
@@ -226,11 +242,13 @@ class _Supervisor:
             self._hub, self.hub_is_lost = None, not peer.done
         else:
             self._peers.remove(peer)
-        if not peer.done:
+        if not peer.done and peer.rank is not None:
             self._suspect(Cause(f"{peer.name} is gone: killed, or its machine is"))
 
     def _suspect(self, cause: Cause) -> None:
         """Takes it for the cause, if there is no better one."""
+        if self._settled:
+            return
         if self.cause is None or (self.cause.secondary and not cause.secondary):
             self.cause = cause
 
@@ -238,19 +256,31 @@ class _Supervisor:
         """In a thread: lets other supervisors in."""
         while True:
             try:
-                self._new.put(_Peer(self._listener.accept()))
-            except Exception:  # somebody without the key, or who has gone again
+                connection = self._listener.accept()
+            except OSError:
                 if self._closed:
                     return
                 time.sleep(TICK_SECONDS)
+            else:
+                threading.Thread(target=self._let_in, args=(connection,), daemon=True).start()
+
+    def _let_in(self, connection: Connection) -> None:
+        """In a thread of its own: somebody without the key may never answer."""
+        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            self._new.put(_Peer(connection))
 
     def _call(self, host: str, port: str, key: str) -> None:
         """In a thread: connects to the hub."""
         try:
             self._new.put(_Peer(Client((host, int(port)), authkey=key.encode()), rank=0))
         except (OSError, EOFError) as error:
-            # What is left is the heartbeat of jax.
-            print(f"warning: no way to the supervisor of process 0: {error}", file=sys.stderr)
+            print(
+                f"warning: no way to the supervisor of process 0 at {host}:{port} ({error}): if a "
+                "process fails, the others end later, and without its reason",
+                file=sys.stderr,
+            )
 
     # What is seen
 
@@ -263,7 +293,8 @@ class _Supervisor:
             self._refuse(
                 f"the processes of this run did not come together within {self._start} s "
                 "(distributed.start); start all of them, with the same coordinator and number of "
-                "processes, each with a number of its own"
+                "processes, each with a number of its own, or this one alone with "
+                "distributed.processes=1"
             )
         for peer in self._others():
             if now - peer.heard > self._patience and not peer.done:
@@ -304,12 +335,12 @@ class _Supervisor:
         for peer in self._peers:
             peer.send("end", *self.cause)
         ended = self._child.poll()
-        self._signal(signal.SIGKILL)
-        self._child.wait()
+        self._end_child()
         if self._refusal:
             print(f"error: {self._refusal}", file=sys.stderr)
             return 2
-        if ended != 2:  # else it has said so itself
+        self.is_failed = ended != 2  # else it has said so itself
+        if self.is_failed:
             print(f"error: the run has failed: {self.cause.message}", file=sys.stderr)
         return ended if ended is not None and ended > 0 else 1
 
@@ -321,7 +352,8 @@ class _Supervisor:
         return not self.cause.secondary or not self._peers
 
     def _until(self, happened: Any) -> None:
-        end = time.monotonic() + self._grace
+        # The hub is to be first: what it says in the end is what all say.
+        end = time.monotonic() + self._grace * (2 if self._hub else 1)
         while not happened() and time.monotonic() < end:
             self._listen()
 
@@ -329,3 +361,10 @@ class _Supervisor:
         with contextlib.suppress(ProcessLookupError):
             if self._child.poll() is None:
                 os.killpg(self._child.pid, number)
+
+    def _end_child(self) -> None:
+        """Ends it, and what it started; one that hangs in the system is left behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(HANGING_SECONDS)

@@ -114,12 +114,12 @@ def test_a_run_that_was_killed_stalled_and_stopped_ends_with_the_same_bits(tmp_p
 
 
 RAISING = """
-import sys
-from bnresearch import __main__, books, distributed
-write = books.NoMetrics.write
+import os, sys
+import jax
+from bnresearch import __main__, books
 def raising(self, step, split, values):
     if step == 50:
-        raise RuntimeError("nothing works")
+        {way}
 books.NoMetrics.write = raising
 if __main__.processes.is_child():
     __main__.main_with_others()
@@ -127,15 +127,42 @@ sys.exit(__main__.main_or_supervisor())
 """
 
 
+# How the second process ends, its exit code, and what is said of it.
+ENDS = {
+    "raise jax.errors.JaxRuntimeError('no memory')": (1, ": JaxRuntimeError: no memory"),
+    "os.abort()": (1, " was ended by SIGABRT"),
+    "sys.exit(5)": (5, ": SystemExit: 5"),
+}
+
+
 @pytest.mark.slow
-def test_a_process_that_raises_ends_all_and_is_named(tmp_path):
+@pytest.mark.parametrize("way", ENDS)
+def test_a_process_that_ends_by_itself_ends_all_and_is_named(tmp_path, way):
     run, script = tmp_path / "run", tmp_path / "raising.py"
-    script.write_text(RAISING)
+    script.write_text(RAISING.format(way=way))
+    code, said = ENDS[way]
     with training(2, run, *SHORT, script=[str(script)]) as running:
-        assert running.wait() == [1, 1], running.said(0)
-        assert "nothing works" in running.said(0)
-    message = status(run)["message"]
-    assert re.match(r"process 1 on \S+: RuntimeError: nothing works", message)
+        assert running.wait() == [1, code], running.said(0)
+        assert said in running.said(0)
+    assert re.match(rf"process 1 on \S+{said}", status(run)["message"])
+
+
+@pytest.mark.slow
+def test_a_stream_over_two_processes_is_that_of_two_devices(tmp_path):
+    """Each process reads its own rows, in microbatches and with a remainder at the end; an
+    initialiser that looks at data looks at the same."""
+    more = [*SHORT, "train.duration=20st", "train.accumulate=2", "data.in_memory=no"]
+    more += ["data.workers=0", "data.image_size=8", "data.augment=crop", "init.name=lsuv"]
+    more += ["data.eval_batch_size=51"]
+    with training(2, tmp_path / "two", *more) as running:
+        assert running.wait() == [0, 0], running.said(0)
+    alone = [["distributed.process=-1", "distributed.coordinator=''"]]
+    with training(1, tmp_path / "one", *more, each=alone, devices=2) as running:
+        assert running.wait() == [0], running.said(0)
+    one, two = (read(tmp_path / name / "result.json")["metrics"] for name in ("one", "two"))
+    assert two["test"]["count"] == 270
+    for split in one:
+        assert two[split] == pytest.approx(one[split], rel=1e-4)
 
 
 def test_other_configs_are_refused_by_all(tmp_path):
@@ -166,7 +193,7 @@ def test_who_waits_in_vain_says_so(tmp_path, there):
         (["processes=2", "process=2", "coordinator=a:1"], ["counted from 0"]),
         (["processes=2", "process=0", "coordinator=a"], ["is not HOST:PORT"]),
         (["process=1"], ["of how many?"]),
-        (["heartbeat=0"], ["at least 1 second"]),
+        (["heartbeat=4"], ["at least 5 seconds"]),
     ],
 )
 def test_what_cannot_be_is_refused(refused, overrides, parts):

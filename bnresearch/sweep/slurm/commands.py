@@ -127,7 +127,9 @@ def submit(
             jobs = executor.map_array(function, *zip(*arguments, strict=True))
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
-            path.unlink(missing_ok=True)  # scripts and pickles of jobs that will never be
+            # Scripts and pickles of jobs that will never be; what else is new is of running ones.
+            if re.fullmatch(r"\.?submission_file_\w+\.sh|[0-9a-f]{32}\.pkl", path.name):
+                path.unlink(missing_ok=True)
         raise UserError(f"SLURM refuses: {_words(str(error))}") from None
     return [job.job_id for job in jobs]
 

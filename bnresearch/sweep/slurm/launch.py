@@ -64,7 +64,11 @@ def _cancel(record: Record) -> int:
         queued = commands.queued(record.name)
         here = [entry.job for entry in known.values() if entry.job in queued]
         record.write({})  # first: whoever follows them sees that they did not just die
-        commands.cancel(here)
+        try:
+            commands.cancel(here)
+        except UserError:
+            record.write(known)
+            raise
         return len(here)
 
 
@@ -176,9 +180,12 @@ class _Following:
         for run in list(self.left):
             job = self.queued.get(self.known[run].job)
             if job is not None and not job.running:
+                self.gone.pop(run, None)
                 yield from self._tell(run, "waiting")
                 continue
             ended = self._ended(run)
+            if ended is not None and ended.status == "failed" and job is not None:
+                ended = None  # SLURM may start it again, as when a node is gone
             if ended is None and job is not None:
                 self.gone.pop(run, None)
                 yield from self._tell(run, "running")
