@@ -181,7 +181,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
 # The others take minutes even so: `python -m benchmarks --quick` runs them all.
 PARTS = [
     pytest.param(part, marks=() if part == "gpu" else pytest.mark.slow)
-    for part in ("input", "decode", "devices", "recalibration", "report", "gpu")
+    for part in ("input", "decode", "devices", "recalibration", "probes", "report", "gpu")
 ]
 
 

@@ -11,7 +11,8 @@ from test_report import ARMS, RATE, accuracy, decided, status
 from bnresearch import records, report
 from bnresearch.claims import Difference, final
 
-pytestmark = pytest.mark.slow
+# The pages are made once, if one worker has all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 DRAW_ALL = "Promise.all(plots.map(draw)).then(() => plots.length)"
 INK = "getComputedStyle(document.querySelector('.plot .xtick text')).fill"

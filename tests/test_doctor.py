@@ -13,7 +13,7 @@ from run_tools import DIGITS, snapshot
 
 from bnresearch import config as configs
 from bnresearch import doctor
-from bnresearch.doctor import mends, scope, sites, statistics
+from bnresearch.doctor import damage, mends, scope, sites, statistics
 from bnresearch.doctor.data import _label_share, spread_ratio
 from bnresearch.doctor.examine import Kept, Site, padded, paddings
 from bnresearch.doctor.run import diagnose_run
@@ -167,6 +167,32 @@ def test_parts_of_a_batch_fit_variances_within_them():
 
     assert fit(x.reshape(-1, FEATURES).var(0)) == 1
     assert fit(x.reshape(40, 8, 8, FEATURES)[::2].var(2).mean((0, 1))) == 8
+
+
+def test_sites_that_something_else_explains_say_nothing_of_the_scope():
+    var = RNG.uniform(2, 3, FEATURES)
+    mean = RNG.normal(size=FEATURES)
+    kept = {
+        "in parts": (mean, 0.875 * var),
+        "untouched": (np.zeros(FEATURES), np.ones(FEATURES)),
+        "broken": (mean, np.full(FEATURES, np.inf)),
+        "young": (0.2 * mean, 0.8 + 0.2 * var),
+        "frozen": (mean, 0.1 * var),
+        "believed frozen": (mean, 0.1 * var),
+    }
+    ones = {}
+    for path, running in kept.items():
+        ones[path] = site(running, mean, var, frozen=path == "frozen")
+        ones[path].path = path
+    keepers = list(ones.values())
+    frozen = frozenset({"believed frozen"})
+    examined = SimpleNamespace(keepers=keepers, size=1, frozen=frozen, treatment=None)
+    found = damage.in_parts(examined, [])
+    assert found.keys() == {1}  # a single example cannot be cut
+    assert found[1].keys() == {"in parts"}
+    np.testing.assert_array_equal(found[1]["in parts"], var)
+    examined.keepers = keepers[1:]
+    assert damage.in_parts(examined, []) == {}
 
 
 # ---- What is no fault

@@ -15,6 +15,9 @@ from bnresearch import records, report, rundir
 from bnresearch.claims import Difference, Equivalence, Ordering, final, largest_usable, steps_to
 from bnresearch.report import page
 
+# The studies and their pages are made once, if one worker has all tests.
+pytestmark = pytest.mark.xdist_group("report")
+
 RATE = {"values": [0.1, 0.3, 1.0], "keys": ["optim.learning_rate"], "log": True, "label": "rate η"}
 CLAIMS = [
     Difference(

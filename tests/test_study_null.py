@@ -11,7 +11,8 @@ from bnresearch import lab, records
 FILE = Path(__file__).parents[1] / "configs/studies/null.py"
 SEEDS = 20
 
-pytestmark = pytest.mark.slow
+# The study is run once, if one worker has all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("null study")]
 
 
 @pytest.fixture(scope="module")

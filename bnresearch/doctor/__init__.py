@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 from bnresearch import net as nets
 from bnresearch.doctor import damage, data, sites, statistics
 from bnresearch.doctor import scope as scopes
-from bnresearch.doctor.examine import Treatment, examine
+from bnresearch.doctor.examine import Examination, Treatment, examine
 from bnresearch.doctor.finding import SEVERITIES, Check, Finding
 from bnresearch.doctor.mends import MENDS
 from bnresearch.doctor.report import Report
@@ -170,14 +170,17 @@ def examined_report(
     )
     examined.parts = damage.in_parts(examined, kept)
     damage.evaluate(examined, kept if eval_batches is None else _of_one_size(eval_batches))
-    findings = [
-        found._replace(mend=found.mend or mended(name))
+    return Report(_findings(examined, mended), examined, about)
+
+
+def _findings(examined: Examination, mended: Callable[[str], str]) -> list[Finding]:
+    """What all checks find, the serious ones first."""
+    found = [
+        finding._replace(mend=finding.mend or mended(name))
         for name, check in CHECKS.items()
-        for found in check(examined)
+        for finding in check(examined)
     ]
-    findings = _with_causes(findings)
-    findings.sort(key=lambda found: SEVERITIES.index(found.severity))
-    return Report(findings, examined, about)
+    return sorted(_with_causes(found), key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def take(

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnresearch.doctor import passes
 from bnresearch.doctor.examine import Array, Examination, Kept
+from bnresearch.doctor.statistics import own_cause
 
 Tree = Any
 
@@ -20,14 +21,15 @@ SMALLER = 0.015  # mean |log| by which running variances have to be below those 
 
 
 def in_parts(examined: Examination, batches: Sequence[Any]) -> dict[int, dict[str, Array]]:
-    """The variances at each site with batches whole, and cut into so many parts; {} where running
-    variances are not smaller than those of batches, so that there is nothing to explain."""
-    keepers = [site for site in examined.keepers if not site.made.frozen]
+    """The variances with batches whole, and cut into so many parts, at each site whose statistics
+    have no cause of their own; {} where running variances are not smaller than those of batches, so
+    that there is nothing to explain."""
+    keepers = [site for site in examined.keepers if own_cause(examined, site) is None]
     whole = {site.path: site.look["var"].mean(0) for site in keepers}
     logs = [
         np.log(np.maximum(site.running.var, 1e-30) / np.maximum(whole[site.path], 1e-30))
         for site in keepers
-        if site.running is not None and np.isfinite(site.running.var).all()
+        if site.running is not None
     ]
     if not logs or np.concatenate(logs).mean() > -SMALLER:
         return {}

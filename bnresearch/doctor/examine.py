@@ -116,7 +116,7 @@ class Examination:
         training example with those of its "batch"; empty where the loss is unknown.
       outputs: where it is: those of evaluation, with "running" and with "precise" statistics.
       parts: {into how many parts batches were cut: {path: variance within them}}, if running
-        variances are smaller than those of batches.
+        variances are smaller than those of batches; of sites that nothing else explains.
       blame: {path: share of the damage}, filled where evaluation is worse with running statistics.
       treatment: what the optimizer does; None where nobody said.
       inputs: mean and standard deviation of the model's input, per last axis, by split.

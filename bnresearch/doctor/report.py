@@ -44,7 +44,9 @@ class Report:
             head += f" ({examined.left_out} of another size left out)"
         if examined.unseen:
             head += (
-                f"\nNot looked at, since evaluation shows nothing of them: {few(examined.unseen)}"
+                f"\nNot looked at: {few(examined.unseen)}. Only training calls them, or nn.scan or "
+                "nn.vmap hides them: call the layers one by one in a Python loop, and let "
+                "evaluation call them"
             )
         if not self.findings:
             return f"{head}\n\nNothing found.\n"

@@ -51,15 +51,7 @@ def diagnose_run(
     config = unresolve(read_config(workdir))
     trained = config.norm.scope
     experiment = prepare(on_one_device(config))
-    dataset = experiment.program.dataset
-    try:
-        step, state = restored(experiment, Path(workdir))
-        fitting = max(4, MOST_BYTES // _batch_bytes(experiment))
-        seen = list(training_batches(experiment, step, min(batches, fitting)))
-        evaluated = list(evaluation_batches(experiment, split))
-    finally:
-        if dataset.sharded_feed:
-            dataset.close()
+    step, state, seen, evaluated = _read(experiment, Path(workdir), batches, split)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     declared = "global" if parse_scope(trained).devices is None else "device"
     about = {
@@ -70,7 +62,7 @@ def diagnose_run(
         "split": split,
     }
     return examined_report(
-        of_run(experiment.config, dataset.info.num_classes, experiment.numbers),
+        of_run(experiment.config, experiment.program.dataset.info.num_classes, experiment.numbers),
         variables,
         seen,
         evaluated,
@@ -81,6 +73,22 @@ def diagnose_run(
         declared=declared,
         values=values.of_sets(values.of_run(experiment)),
     )
+
+
+def _read(
+    experiment: Experiment, workdir: Path, batches: int, split: str
+) -> tuple[int, State, list[Batch], list[Batch]]:
+    """The newest checkpoint, its step first, and the batches of training, fewer where they are
+    large, and of evaluation."""
+    dataset = experiment.program.dataset
+    try:
+        step, state = restored(experiment, workdir)
+        fitting = max(4, MOST_BYTES // _batch_bytes(experiment))
+        seen = list(training_batches(experiment, step, min(batches, fitting)))
+        return step, state, seen, list(evaluation_batches(experiment, split))
+    finally:
+        if dataset.sharded_feed:
+            dataset.close()
 
 
 def _mend(check: str, workdir: str | Path, kind: str) -> str:

@@ -16,6 +16,8 @@ def parts_that_fit(examined: Examination) -> tuple[int, dict[int, float]]:
     parts, and the squared misfit of each number, mean over all features of
     ``log(v_r / v_parts)^2``.
 
+    Only of sites whose statistics nothing else explains (`damage.in_parts`).
+
     Statistics of 8 devices that were never merged, or whose variances were averaged, lack the
     variance between the devices: with n independent values each they are (n - 1) / n of the whole.
     """
@@ -102,6 +104,6 @@ def _in_parts(examined: Examination) -> Finding:
         f"The running variances differ from those of the data by a factor of {off:.3g}, but by "
         f"only {left:.3g} from what batches cut into {parts} parts have: the statistics were "
         "taken per device, or variances were averaged over devices.",
-        tuple(examined.structure.keepers),
+        tuple(examined.parts[1]),
         {"parts": parts, "misfit": misfit},
     )

@@ -95,20 +95,27 @@ def is_young(site: Site) -> bool:
     return share > YOUNG and fits > FITS and deviates(site)
 
 
+def own_cause(examined: Examination, site: Site) -> str | None:
+    """The check that explains the statistics of a site by themselves, "" where they are constants
+    on purpose; None where they are averages over batches, and it takes more to say of which."""
+    still = examined.frozen | (examined.treatment.still if examined.treatment else frozenset())
+    if is_broken(site):
+        return "broken"
+    if site.made.frozen or site.path in still:
+        return ""
+    if is_untouched(site):
+        return "never_updated"
+    return "young" if is_young(site) else None
+
+
 def causes(examined: Examination) -> dict[str, str]:
     """The check that explains what is wrong with the statistics of each site, "" for nothing."""
     found = {}
     per_device = is_per_device(examined)
-    still = examined.frozen | (examined.treatment.still if examined.treatment else frozenset())
     for site in examined.keepers:
-        if is_broken(site):
-            found[site.path] = "broken"
-        elif site.made.frozen or site.path in still:
-            found[site.path] = ""  # constants, on purpose
-        elif is_untouched(site):
-            found[site.path] = "never_updated"
-        elif is_young(site):
-            found[site.path] = "young"
+        own = own_cause(examined, site)
+        if own is not None:
+            found[site.path] = own
         elif per_device:
             found[site.path] = "scope"
         elif site.made.decay is not None and site.made.decay <= SWAPPED:
