@@ -12,7 +12,8 @@ set -euo pipefail
 # ---- On each host
 
 running() {
-  [ -e tpu_pod.pid ] && ps -o args= -p "$(cat tpu_pod.pid)" | grep -q "bnresearch train"
+  # -ww: else an exported COLUMNS cuts what ps prints.
+  [ -e tpu_pod.pid ] && ps -ww -o args= -p "$(cat tpu_pod.pid)" | grep -q "bnresearch train"
 }
 
 attribute() { # of this virtual machine

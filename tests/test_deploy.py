@@ -354,7 +354,8 @@ def test_a_host_that_does_not_know_the_others_starts_nothing(host):
     assert not (host / "bnresearch" / "tpu_pod.log").exists()
 
 
-def test_a_run_that_goes_on_is_not_started_twice_and_can_be_stopped(host):
+def test_a_run_that_goes_on_is_not_started_twice_and_can_be_stopped(host, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # that of the user's terminal
     assert call(host, "stop").returncode == 0  # there is none
     wait = [sys.executable, "-c", "import time; time.sleep(60)", "bnresearch train"]
     with subprocess.Popen(wait) as run:
