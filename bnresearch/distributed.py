@@ -106,6 +106,8 @@ def _initialize(plan: Plan) -> None:
     elif plan.coordinator and plan.process == 0:
         processes.check_port(plan.coordinator)
     loopback = processes.is_loopback(plan.coordinator.rpartition(":")[0])
+    if loopback and plan.process >= 0:
+        processes.share_cores(plan.process, plan.processes)
     processes.tell("joining", *plan)
     # The supervisors are to be first, with the start and with the end: they know the reason, and
     # jax would abort without a word.

@@ -141,6 +141,23 @@ def check_port(address: str) -> None:
             ) from error
 
 
+def share_cores(process: int, processes: int) -> None:
+    """Keeps one of several processes that all run on this host, and what it starts, to cores of its
+    own, if there are enough and nobody has assigned any; called before it has other threads.
+
+    The messages of CPUs go through gloo. Its thread spins while another thread of the process holds
+    the connection: where a thread that wakes may take the core of one that runs, the holder may
+    have to wait for the spinning of all others. As batch work (sched(7)) none takes a core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return  # not Linux
+    with contextlib.suppress(OSError):  # a container may forbid it; what it costs is time only
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        cores = sorted(os.sched_getaffinity(0))
+        each = len(cores) // processes
+        if each and len(cores) == os.cpu_count():
+            os.sched_setaffinity(0, cores[process * each : (process + 1) * each])
+
+
 # ---- In the child
 
 

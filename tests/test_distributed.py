@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -237,6 +239,34 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "
 )
 def test_schedulers_are_known(environment, several):
     assert (processes.plan(processes.DEFAULTS, environment) is not None) == several
+
+
+SHARE = """
+import os, sys
+from bnresearch.processes import share_cores
+if len(sys.argv) > 3: os.sched_setaffinity(0, {int(sys.argv[3])})
+share_cores(int(sys.argv[1]), int(sys.argv[2]))
+print(os.sched_getscheduler(0) == os.SCHED_BATCH, *sorted(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are assigned on Linux only")
+def test_processes_of_one_host_share_its_cores():
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < max(2, os.cpu_count()):
+        pytest.skip("this machine has one core, or lends only some")
+
+    def shared(*arguments):
+        command = [sys.executable, "-c", SHARE, *map(str, arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        batch, *kept = found.stdout.split()
+        assert batch == "True"
+        return [int(core) for core in kept]
+
+    half = len(cores) // 2
+    assert [shared(0, 2), shared(1, 2)] == [cores[:half], cores[half : 2 * half]]
+    assert shared(3, len(cores) + 1) == cores  # too few to share
+    assert shared(0, 1, cores[1]) == cores[1:2]  # somebody has assigned one
 
 
 def test_one_process_may_ignore_its_scheduler():
