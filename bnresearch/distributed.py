@@ -226,11 +226,12 @@ def everybodys(data: bytes) -> list[bytes]:
 
 
 def check_same(resolved: Mapping[str, Any]) -> None:
-    """Raises UserError, in all processes, where one has another config or other versions."""
+    """Raises UserError, in all processes, where one has another config, source or versions."""
     about = {
         "config": resolved,
         "versions": provenance.versions(),
         "commit": provenance.commit(),
+        "source": provenance.source(),
         "devices": jax.local_device_count(),
         "platform": jax.default_backend(),
     }
@@ -240,7 +241,7 @@ def check_same(resolved: Mapping[str, Any]) -> None:
             lines = _differences(json.loads(texts[0]), json.loads(text))
             raise UserError(
                 f"process {number} differs from process 0; start all processes with the same "
-                "command, versions and devices:\n" + "\n".join(lines)
+                "command, source, versions and devices:\n" + "\n".join(lines)
             )
 
 

@@ -4,6 +4,7 @@ Imports neither jax nor flax; the device is known where the program itself has i
 """
 
 import functools
+import hashlib
 import platform
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bnresearch")
+PACKAGE = Path(__file__).resolve().parent
 
 
 @functools.cache
@@ -48,6 +50,16 @@ def commit() -> str | None:
             return found
     version = _version("bnresearch")
     return f"version {version}" if version else None
+
+
+@functools.cache
+def source(folder: Path = PACKAGE) -> str:
+    """A digest of the package's files: by it two changed checkouts of one commit differ."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

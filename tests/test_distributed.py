@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from distributed_tools import Processes, children, training
 from run_tools import DIGITS, ROOT, metrics, read, train
 
 from bnresearch import config as configs
-from bnresearch import processes
+from bnresearch import distributed, processes, provenance
+from bnresearch.errors import UserError
 
 # Scopes that do not depend on the number of devices, and those that do.
 FREE, BOUND = ("global", "ghost:16"), ("group:2", "device")
@@ -239,6 +241,33 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "
 )
 def test_schedulers_are_known(environment, several):
     assert (processes.plan(processes.DEFAULTS, environment) is not None) == several
+
+
+def test_a_changed_source_is_refused(tmp_path, monkeypatch):
+    """Two checkouts of a commit, one of them changed: both are "...-dirty" if git looks."""
+    shutil.copytree(ROOT / "bnresearch", tmp_path / "copy")
+    same = provenance.source(tmp_path / "copy")
+    assert same == provenance.source()
+    with (tmp_path / "copy" / "norm.py").open("a") as file:
+        file.write("# changed")
+    changed = provenance.source.__wrapped__(tmp_path / "copy")
+
+    def gathered(data):
+        return [data, data.replace(same.encode(), changed.encode())]
+
+    monkeypatch.setattr(distributed, "everybodys", gathered)
+    message = f'source: process 0 "{same}", this one "{changed}"'
+    with pytest.raises(UserError, match=f"process 1 differs from process 0.*\n  {message}"):
+        distributed.check_same({"seed": 1})
+
+
+@pytest.mark.parametrize(("apart", "said"), [(90, "+90"), (-3600, "-3600"), (30, None)])
+def test_clocks_apart_are_named(monkeypatch, capsys, apart, said):
+    monkeypatch.setattr(time, "time", lambda: 1e9 + apart)
+    monkeypatch.setattr(distributed, "broadcast_bytes", lambda mine: b"1000000000.0")
+    distributed._compare_clocks(processes.Plan(2, 1, "node1:1", 30, 120))
+    warning = capsys.readouterr().err
+    assert (f" is {said} s from that of process 0" in warning) if said else warning == ""
 
 
 SHARE = """
