@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "coordinator": "",  # host:port of process 0, a free port there; "": what the scheduler says
     "heartbeat": 30,  # seconds without a sign of life after which a process counts as dead
     "start": 120,  # seconds that all of them may take to come together
+    "stall": 3600,  # seconds that the next step may take, with what comes between (an evaluation)
 }
 
 
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     coordinator: str
     heartbeat: int
     start: int
+    stall: int
 
 
 def plan(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Plan | None:
@@ -48,7 +50,7 @@ def plan(config: Mapping[str, Any], environment: Mapping[str, str] = os.environ)
       UserError: what is said is not enough, or impossible.
     """
     asked = Plan(*(config[name] for name in DEFAULTS))
-    for name, least in (("heartbeat", 5), ("start", 1)):
+    for name, least in (("heartbeat", 5), ("start", 1), ("stall", 1)):
         if config[name] < least:
             raise UserError(
                 f"distributed.{name}={config[name]}: give at least {least} second{'s'[: least - 1]}"
@@ -166,6 +168,7 @@ class _Link:
 
     connection: Connection | None = None
     hub: tuple[str, ...] = ()
+    advances = 0
     lock = threading.Lock()
 
 
@@ -187,7 +190,7 @@ def report_to_supervisor() -> None:
 
 def _beat() -> None:
     while True:
-        tell("beat")
+        tell("beat", _Link.advances)
         time.sleep(BEAT_SECONDS)
 
 
@@ -202,6 +205,11 @@ def tell(*message: Any) -> None:
     if _Link.connection is not None:
         with _Link.lock, contextlib.suppress(OSError):
             _Link.connection.send(message)
+
+
+def advanced() -> None:
+    """The run goes forward: else a sign of life says only that its process lives."""
+    _Link.advances += 1
 
 
 def own_supervisor() -> tuple[str, ...]:

@@ -116,6 +116,7 @@ class _Supervisor:
         self.cause: Cause | None = None
         self.is_failed = False
         self._patience, self._grace, self._start = math.inf, GRACE_SECONDS, math.inf
+        self._stall, self._advances = math.inf, (0, time.monotonic())  # how many, and since when
         self._apart_since = math.inf  # since when the child waits for the others
         self._stops, self._settled = 0, False
         self._said: Cause | None = None  # by the child, of its own end
@@ -210,7 +211,8 @@ class _Supervisor:
         self._moved = time.monotonic()
         if what == "joining":
             plan, self._apart_since = Plan(*rest), time.monotonic()
-            self.rank, self._start = plan.process, plan.start
+            self.rank, self._start, self._stall = plan.process, plan.start, plan.stall
+            self._advances = 0, time.monotonic()
             # Noticed, agreed upon and ended within the heartbeat.
             self._patience = 0.8 * plan.heartbeat
             self._grace = min(GRACE_SECONDS, 0.1 * plan.heartbeat)
@@ -218,6 +220,8 @@ class _Supervisor:
             self._apart_since, (self.rank, hub) = math.inf, rest
             if self.rank != 0 and hub:
                 threading.Thread(target=self._call, args=tuple(hub), daemon=True).start()
+        elif what == "beat" and rest[0] != self._advances[0]:
+            self._advances = rest[0], time.monotonic()
         elif what == "error":
             self._said = Cause(*rest)
         elif what == "gone":
@@ -288,10 +292,17 @@ class _Supervisor:
     # What is seen
 
     def _look(self) -> None:
-        """For what no longer moves."""
+        """For what no longer moves, or moves in vain."""
         now = time.monotonic()
         if self._moved and now - self._moved > self._patience:
             self._suspect(Cause(f"{self._name()} did not move for {self._patience:g} s"))
+        if now - self._advances[1] > self._stall:
+            self._suspect(
+                Cause(
+                    f"no step was done for {self._stall} s (distributed.stall): some process waits "
+                    f"for something outside, such as a file system (so says {self._name()})"
+                )
+            )
         if now - self._apart_since > self._start:
             self._refuse(
                 f"the processes of this run did not come together within {self._start} s "

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from bnresearch import books, distributed, diverge, norm_config, values
+from bnresearch import books, distributed, diverge, norm_config, processes, values
 from bnresearch.checkpoint import Checkpoints, digest
 from bnresearch.config import NEVER, resolve, validate
 from bnresearch.data.cache import cache_folder
@@ -258,6 +258,7 @@ class Loop:
 
     def _evaluate(self, state: State, step: int, split: str) -> None:
         self.latest[split] = self.evaluate(state, split)
+        processes.advanced()
         self._write(step, split, self.latest[split])
         self.timer, self.timed_from = time.monotonic(), step
 
@@ -277,6 +278,7 @@ class Loop:
         if self.timed_from is None:
             jax.block_until_ready(carry)  # compilation is not part of any rate
             self.timer, self.timed_from = time.monotonic(), self.step
+        processes.advanced()
         self.bar.update(self.step, *self.shown)
         if time.monotonic() - self.beat > HEARTBEAT_SECONDS:
             self.folder.set_status("running", self.step)

@@ -180,7 +180,7 @@ def test_the_indexed_job_tells_each_process_which_it_is(index, monkeypatch):
     service, job = read("indexed_job.yaml")
     variables = environment("indexed_job.yaml", JOB_COMPLETION_INDEX=str(index))
     values = parsed_container("indexed_job.yaml", variables)
-    wanted = Plan(4, index, "bn-train-0.bn-train:12345", heartbeat=30, start=1800)
+    wanted = Plan(4, index, "bn-train-0.bn-train:12345", heartbeat=30, start=1800, stall=3600)
     assert processes.plan(values.config.distributed, variables) == wanted
     # The name of the coordinator: the pod of index 0 of this Job, in the domain of this Service.
     subdomain = job["spec"]["template"]["spec"]["subdomain"]
@@ -203,7 +203,7 @@ def test_in_the_jobset_jax_finds_which_process_it_is(index, monkeypatch):
     injected = {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": index}
     variables = environment("jobset.yaml", **injected)
     values = parsed_container("jobset.yaml", variables)
-    wanted = Plan(0, -1, f"{hosts[0]}:12345", heartbeat=30, start=1800)
+    wanted = Plan(0, -1, f"{hosts[0]}:12345", heartbeat=30, start=1800, stall=3600)
     assert processes.plan(values.config.distributed, variables) == wanted
     assert len(hosts) == spec["parallelism"] == 4
 
@@ -338,7 +338,7 @@ def test_each_host_of_a_slice_runs_the_same_entry_point(host, worker, endpoints,
     monkeypatch.chdir(DEPLOY.parent)
     values = parsed(done.stdout.split("\n")[:-1])
     assert values.workdir == "runs/a b"
-    wanted = Plan(4, worker, "10.0.0.7:12345", heartbeat=30, start=120)
+    wanted = Plan(4, worker, "10.0.0.7:12345", heartbeat=30, start=120, stall=3600)
     assert processes.plan(values.config.distributed, {}) == wanted
 
 

@@ -18,6 +18,7 @@ from run_tools import DIGITS, ROOT, metrics, read, train
 from bnresearch import config as configs
 from bnresearch import distributed, processes, provenance
 from bnresearch.errors import UserError
+from bnresearch.supervise import supervise
 
 # Scopes that do not depend on the number of devices, and those that do.
 FREE, BOUND = ("global", "ghost:16"), ("group:2", "device")
@@ -170,6 +171,28 @@ def test_a_process_that_ends_by_itself_ends_all_and_is_named(tmp_path, way):
     assert re.match(rf"process 1 on \S+{said}", status(run)["message"])
 
 
+IDLE = """
+import time
+from bnresearch import processes
+processes.report_to_supervisor()
+processes.tell("joining", 2, 0, "127.0.0.1:1", 30, 120, {stall})
+processes.tell("joined", 0, [])
+for _ in range({steps}):
+    processes.advanced()
+    time.sleep(0.5)
+time.sleep({end})
+"""
+
+
+@pytest.mark.parametrize(("steps", "end", "code"), [(7, 0, 0), (2, 60, 1)])
+def test_a_run_that_moves_but_does_not_advance_ends(tmp_path, capsys, steps, end, code):
+    command = [sys.executable, "-c", IDLE.format(stall=2, steps=steps, end=end)]
+    began = time.monotonic()
+    assert supervise(command, tmp_path / "run", "127.0.0.1") == code
+    assert time.monotonic() - began < 30
+    assert ("no step was done for 2 s (distributed.stall)" in capsys.readouterr().err) == code
+
+
 @pytest.mark.slow
 def test_a_stream_over_two_processes_is_that_of_two_devices(tmp_path):
     """Each process reads its own rows, in microbatches and with a remainder at the end; an
@@ -265,7 +288,7 @@ def test_a_changed_source_is_refused(tmp_path, monkeypatch):
 def test_clocks_apart_are_named(monkeypatch, capsys, apart, said):
     monkeypatch.setattr(time, "time", lambda: 1e9 + apart)
     monkeypatch.setattr(distributed, "broadcast_bytes", lambda mine: b"1000000000.0")
-    distributed._compare_clocks(processes.Plan(2, 1, "node1:1", 30, 120))
+    distributed._compare_clocks(processes.Plan(2, 1, "node1:1", 30, 120, 3600))
     warning = capsys.readouterr().err
     assert (f" is {said} s from that of process 0" in warning) if said else warning == ""
 
