@@ -24,8 +24,7 @@ from bnresearch.supervise import supervise
 FREE, BOUND = ("global", "ghost:16"), ("group:2", "device")
 CASES = [
     *(("jit", scope) for scope in (*FREE, *BOUND)),
-    ("shard_map", "group:2"),
-    ("pmap", "group:2"),
+    *((mode, scope) for mode in ("shard_map", "pmap") for scope in ("global", "group:2")),
 ]
 LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "4x2": (4, 2), "1x1": (1, 1)}
 
@@ -76,6 +75,7 @@ SHORT = (
     "train.eval_every=250st",
     "train.checkpoint_every=50st",
 )
+ALONE = [["distributed.process=-1", "distributed.coordinator=''"]]
 
 
 def begun(workdir, lines):
@@ -116,8 +116,7 @@ def test_a_run_that_was_killed_and_stalled_ends_with_the_same_bits(tmp_path):
     assert (found["digest"], found["metrics"]) == (wanted["digest"], wanted["metrics"])
     assert metrics(run) == metrics(tmp_path / "whole")
     # The same checkpoint goes on with one process, and with other devices.
-    alone = [["distributed.process=-1", "distributed.coordinator=''"]]
-    with training(1, tmp_path / "other", *SHORT, each=alone, devices=4) as running:
+    with training(1, tmp_path / "other", *SHORT, each=ALONE, devices=4) as running:
         assert running.wait() == [0], running.said(0)
     found = read(tmp_path / "other" / "result.json")["metrics"]["test"]
     assert found == pytest.approx(wanted["metrics"]["test"], rel=1e-3)
@@ -125,16 +124,24 @@ def test_a_run_that_was_killed_and_stalled_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
-    run = tmp_path / "run"
-    # jax may take some seconds to tell the others.
-    with training(2, run, *SHORT, "train.duration=1000000st") as running:
+    run, endless = tmp_path / "run", (*SHORT, "train.duration=1000000st")
+    # It was begun by one process.
+    with training(1, run, *endless, each=ALONE, devices=2) as running:
         running.until(lambda: begun(run, 3))
+        running.processes[0].terminate()
+        assert running.wait() == [75], running.said(0)
+    before = len(metrics(run))
+    # jax may take some seconds to tell the others.
+    with training(2, run, *endless) as running:
+        running.until(lambda: begun(run, before + 3))
         running.processes[1].terminate()
         assert running.wait() == [75, 75], running.said(0)
         said = [re.search(r"stopped after step (\d+), state", running.said(i)) for i in (0, 1)]
     steps = {int(match[1]) for match in said}
     assert steps == {status(run)["step"]} and status(run)["status"] == "stopped"
     assert max(int(path.name) for path in (run / "checkpoints").iterdir()) in steps
+    logged = [line["step"] for line in metrics(run) if line["split"] == "train"]
+    assert logged == list(range(25, max(steps) + 1, 25))
 
 
 RAISING = """
@@ -202,8 +209,7 @@ def test_a_stream_over_two_processes_is_that_of_two_devices(tmp_path):
     more += ["data.eval_batch_size=51"]
     with training(2, tmp_path / "two", *more) as running:
         assert running.wait() == [0, 0], running.said(0)
-    alone = [["distributed.process=-1", "distributed.coordinator=''"]]
-    with training(1, tmp_path / "one", *more, each=alone, devices=2) as running:
+    with training(1, tmp_path / "one", *more, each=ALONE, devices=2) as running:
         assert running.wait() == [0], running.said(0)
     one, two = (read(tmp_path / name / "result.json")["metrics"] for name in ("one", "two"))
     assert two["test"]["count"] == 270
