@@ -14,6 +14,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 enable_compilation_cache()
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-xdist
+def pytest_collection_modifyitems(config, items):
+    """Tests that share an expensive fixture have to come to one worker."""
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if config.getoption("loadgroup", False) and any("@" not in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist and pytest do not fit: groups of tests are ignored")
+
+
 @pytest.fixture
 def compiled():
     """The names of what jax has compiled since the test began."""
