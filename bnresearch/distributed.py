@@ -106,7 +106,7 @@ def _initialize(plan: Plan) -> None:
     elif plan.coordinator and plan.process == 0:
         processes.check_port(plan.coordinator)
     loopback = processes.is_loopback(plan.coordinator.rpartition(":")[0])
-    if loopback and plan.process >= 0:
+    if loopback and plan.processes:  # else a scheduler started it, which assigns cores itself
         processes.share_cores(plan.process, plan.processes)
     processes.tell("joining", *plan)
     # The supervisors are to be first, with the start and with the end: they know the reason, and
