@@ -361,16 +361,16 @@ def supervised(workdir: str, coordinator: str = "") -> int:
     """This very command as the child of a supervisor; its exit code."""
     from bnresearch.supervise import supervise
 
-    flags = [f"--config.distributed.coordinator={coordinator}"] if coordinator else sys.argv
+    flags = [f"--config.distributed.coordinator={coordinator}"] if coordinator else []
     child = [sys.executable, *sys.orig_argv[1:]]
-    return supervise(child, workdir, processes.host(flags))
+    return supervise(child, workdir, [*sys.argv, *flags])
 
 
 def main_or_supervisor() -> int:
     """`main`, in a child of its own where it may be one of several processes."""
-    workdirs = [item.removeprefix("--workdir=") for item in sys.argv if "--workdir=" in item]
-    if sys.argv[1:2] == ["train"] and workdirs and processes.given(sys.argv):
-        return supervised(workdirs[-1])
+    workdir = processes.flag(sys.argv, "workdir")
+    if sys.argv[1:2] == ["train"] and workdir and processes.given(sys.argv):
+        return supervised(workdir)
     return main()
 
 

@@ -17,6 +17,8 @@ from bnresearch.checkpoint import Checkpoints, digest, placed_as
 from bnresearch.metrics import Metrics
 from bnresearch.rundir import RunFolder, open_run, path_of, read_result
 
+SAME_START = "start all processes with the same source, data and kind of device"
+
 
 class Onlooker:
     """The run folder, for processes that write nothing."""
@@ -106,7 +108,7 @@ class SharedCheckpoints:
 
         step = distributed.by_first(read_in_first)
         if step is None:
-            distributed.require_equal("the state before the first step", digest(template))
+            distributed.check_same({"state before the first step": digest(template)}, SAME_START)
             return None
         ours = read[0][1] if read else template
         arrays = distributed.broadcast(jax.tree.map(np.asarray, ours))

@@ -5,6 +5,7 @@ Options that belong to one choice live under that choice's name (``model.resnet.
 that the options of a choice that was not made never make two runs different.
 """
 
+import difflib
 import json
 import math
 import pickle
@@ -31,7 +32,7 @@ from bnresearch import (
     tasks,
 )
 from bnresearch.conventions import momentum_message
-from bnresearch.errors import UserError, lookup, nearest
+from bnresearch.errors import UserError, lookup
 from bnresearch.norm import NORMS
 from bnresearch.probes import options as probing
 from bnresearch.rundir import config_hash as config_hash
@@ -242,17 +243,20 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UserError:
-    """An error that suggests the nearest keys of the same group, or lists what the group has."""
+    """An error that suggests the nearest keys of the same group (for one of no group, those of this
+    name in any), or lists what the group has."""
     known, group = list(known), key.rpartition(".")[0]
     while group and not any(name.startswith(f"{group}.") for name in known):
         group = group.rpartition(".")[0]
-    members = [name for name in known if not group or name.startswith(f"{group}.")]
-    near = nearest(key, members)
-    if near.startswith("known:"):
-        depth = group.count(".") + 2 if group else 1
-        heads = {".".join(name.split(".")[:depth]) for name in members}
-        near = f"known: {', '.join(sorted(heads))}"
-    return UserError(f"unknown config key {key!r}; {near}")
+    prefix = f"{group}." if group else ""
+    # Without what all members begin with: "train.steps" is like "train.keep" in nothing else.
+    members = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
+    close = difflib.get_close_matches(key.removeprefix(prefix), sorted(members), n=3, cutoff=0.75)
+    near = [prefix + name for name in close]
+    if near := near or [name for name in known if name.endswith(f".{key}")]:
+        return UserError(f"unknown config key {key!r}; did you mean {' or '.join(near[:3])}?")
+    heads = {prefix + name.partition(".")[0] for name in members}
+    return UserError(f"unknown config key {key!r}; known: {', '.join(sorted(heads))}")
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:

@@ -7,7 +7,7 @@ same order, and only the first touches the run folder (`books.py`):
     joined      find each other, or end with one message within a limit
     by_first    what only the first does (open the folder, read a checkpoint); its result, or its
                 UserError, is everybody's
-    check_same  refuse to begin with different configs or versions
+    check_same  refuse to begin with different configs, sources or kernels
     AgreedStop  SIGTERM to any of them stops all at the same step
 
 How many processes there are, and which this is, says the config (``distributed``) or what starts
@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -29,9 +30,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bnresearch import processes, provenance
+from bnresearch import processes
 from bnresearch.errors import Diverged, Stopped, UserError
 from bnresearch.processes import Plan
+from bnresearch.rundir import differences
 
 T = TypeVar("T")
 
@@ -68,6 +70,7 @@ def joined(plan: Plan | None) -> Iterator[None]:
     try:
         _initialize(plan)
         _joined.append(plan)
+        _check_devices()
         _tell_supervisor()
         _compare_clocks(plan)
         yield
@@ -142,6 +145,17 @@ def _reach(plan: Plan) -> None:
                     "host, and its port must be open to the others"
                 ) from error
         time.sleep(0.2)
+
+
+def _check_devices() -> None:
+    """Before anything is sent, which takes that each has equally many."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"process {number} {count}" for number, count in sorted(counts.items()))
+        raise UserError(
+            f"the processes of this run have different numbers of devices: {listed}; give each "
+            "equally many (is one broken, or in use? CUDA_VISIBLE_DEVICES hides some)"
+        )
 
 
 def _tell_supervisor() -> None:
@@ -225,43 +239,19 @@ def everybodys(data: bytes) -> list[bytes]:
     return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def check_same(resolved: Mapping[str, Any]) -> None:
-    """Raises UserError, in all processes, where one has another config, source or versions."""
-    about = {
-        "config": resolved,
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "source": provenance.source(),
-        "devices": jax.local_device_count(),
-        "platform": jax.default_backend(),
-    }
-    texts = everybodys(json.dumps(about, sort_keys=True).encode())
-    for number, text in enumerate(texts):
-        if text != texts[0]:
-            lines = _differences(json.loads(texts[0]), json.loads(text))
-            raise UserError(
-                f"process {number} differs from process 0; start all processes with the same "
-                "command, source, versions and devices:\n" + "\n".join(lines)
-            )
-
-
-def _differences(first: Any, other: Any) -> list[str]:
-    from bnresearch.rundir import differences
-
-    found = list(differences(first, other))
-    lines = [f"  {key}: process 0 {there}, this one {now}" for key, there, now in found[:SHOWN]]
-    return lines + ([f"  ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
-
-
-def require_equal(what: str, digest: str) -> None:
-    """Raises where processes hold different values of what has to be the same in all: nothing
-    else would notice, and each would train a net of its own with the gradients of all."""
-    found = everybodys(digest.encode())
-    if differing := [index for index, other in enumerate(found) if other != found[0]]:
-        raise UserError(
-            f"{what} is not the same in processes 0 and {differing[0]}: start all with the same "
-            "source, data and kind of device"
-        )
+def check_same(about: Mapping[str, Any], advice: str) -> None:
+    """Raises UserError, in all processes, where a value (anything for JSON) is not the same in all:
+    nothing else would notice, and each would train a net of its own with the gradients of all, or
+    wait for what no other does."""
+    first, *others = map(json.loads, everybodys(json.dumps(about, sort_keys=True).encode()))
+    found = [
+        f"  {key}: process 0 {there}, process {number} {here}"
+        for number, other in enumerate(others, 1)
+        for key, there, here in differences(first, other)
+    ]
+    if found:
+        more = [f"  ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise UserError("\n".join([f"processes differ; {advice}:", *found[:SHOWN], *more]))
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnresearch import measures, records, report, rundir, study
+from bnresearch import locks, measures, records, report, rundir, study
 from bnresearch.errors import UserError
 from bnresearch.sweep import Counts, Job, check_options, slurm, sweep
 
@@ -79,7 +79,7 @@ def conduct(
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr)
     _make(folder)
-    with rundir.held(folder):
+    with locks.held(folder):
         _write(folder, definition)
     todo = list(jobs(plan))
     counts = sweep(
@@ -93,7 +93,7 @@ def conduct(
     )
     definition |= _origin(folder, todo) | {"finished": _now()}
     definition |= {"seconds": round(time.monotonic() - started, 3)}
-    with rundir.held(folder):
+    with locks.held(folder):
         _write(folder, definition)  # again: another call may have left its own plan there
         definition |= _conclusions(folder, definition, plan)
         _write(folder, definition)

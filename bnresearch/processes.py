@@ -7,6 +7,7 @@ Imports no jax.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -89,12 +90,31 @@ def given(arguments: Sequence[str], environment: Mapping[str, str] = os.environ)
     return named or _scheduled(environment)
 
 
+def flag(arguments: Sequence[str], name: str) -> str:
+    """The last value of --name=VALUE or --name VALUE on a command line; "" without one."""
+    found = ""
+    for item, following in itertools.pairwise([*arguments, ""]):
+        if item == f"--{name}":
+            found = following
+        elif item.startswith(f"--{name}="):
+            found = item.partition("=")[2]
+    return found
+
+
 def host(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
     """Under which name other processes find this host, if it is that of the first."""
-    flag = "--config.distributed.coordinator="
-    named = [item.removeprefix(flag) for item in arguments if item.startswith(flag)]
-    address = (named or [""])[-1] or environment.get("JAX_COORDINATOR_ADDRESS", "")
+    address = flag(arguments, "config.distributed.coordinator")
+    address = address or environment.get("JAX_COORDINATOR_ADDRESS", "")
     return address.rpartition(":")[0] or environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def number(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+    """Which process of the run this is, as far as is known before it has joined the others; -1
+    where it is not."""
+    said = flag(arguments, "config.distributed.process")
+    if not said and _by_slurm(environment):
+        said = environment["SLURM_PROCID"]
+    return int(said) if said.isdigit() else -1
 
 
 def _scheduled(environment: Mapping[str, str]) -> bool:
@@ -124,6 +144,15 @@ def _check_address(address: str) -> None:
         )
 
 
+def how_ended(who: str, code: int) -> str:
+    """What the exit code of a process says, as subprocess gives it: negative for a signal."""
+    if code >= 0:
+        return f"{who} ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"{who} was ended by {name}{hint}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether this machine reaches nobody but itself under that name."""
     return host == "localhost" or host.startswith("127.")
@@ -143,9 +172,15 @@ def check_port(address: str) -> None:
             ) from error
 
 
+def share(cores: Sequence[int], index: int, count: int) -> list[int]:
+    """The cores that one of ``count`` gets, the one with this index; together they get all."""
+    return list(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
 def share_cores(process: int, processes: int) -> None:
     """Keeps one of several processes that all run on this host, and what it starts, to cores of its
-    own, if there are enough and nobody has assigned any; called before it has other threads.
+    own, if there are enough and nobody has assigned any. It concerns the calling thread and those
+    that it starts from then on: call it before jax makes those that compute and send.
 
     The messages of CPUs go through gloo. Its thread spins while another thread of the process holds
     the connection: where a thread that wakes may take the core of one that runs, the holder may
@@ -155,9 +190,8 @@ def share_cores(process: int, processes: int) -> None:
     with contextlib.suppress(OSError):  # a container may forbid it; what it costs is time only
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         cores = sorted(os.sched_getaffinity(0))
-        each = len(cores) // processes
-        if each and len(cores) == os.cpu_count():
-            os.sched_setaffinity(0, cores[process * each : (process + 1) * each])
+        if processes <= len(cores) == os.cpu_count():
+            os.sched_setaffinity(0, share(cores, process, processes))
 
 
 # ---- In the child

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bnresearch")
+SOURCES = (".py", ".cc", ".h")  # what is imported, or compiled for CPUs
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -52,14 +53,21 @@ def commit() -> str | None:
     return f"version {version}" if version else None
 
 
-@functools.cache
-def source(folder: Path = PACKAGE) -> str:
-    """A digest of the package's files: by it two changed checkouts of one commit differ."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+def program() -> dict[str, Any]:
+    """What has to be the same in all processes of a run, beside its config: versions, commit, the
+    platform, and a digest of each source file, by which two changed checkouts differ."""
+    platform = sys.modules["jax"].default_backend() if "jax" in sys.modules else None
+    about = {"versions": versions(), "commit": commit(), "source": sources()}
+    return about | {"platform": platform}
+
+
+def sources(folder: Path = PACKAGE) -> dict[str, str]:
+    """File of the package -> a digest of it; hidden ones, such as an editor's, are left out."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in SOURCES and not path.name.startswith(".") and path.is_file()
+    }
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -10,20 +10,18 @@
 Reports read run folders, so this module imports neither jax nor flax.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bnresearch import provenance
-from bnresearch.errors import InUse, UserError
+from bnresearch import locks, provenance
+from bnresearch.errors import UserError
 
 SCHEMA = 1
 STATUSES = ("running", "done", "diverged", "failed", "stopped")
@@ -35,18 +33,6 @@ FOLDERS = ("checkpoints", "tensorboard")
 SHOWN = 10  # how many differing keys a message lists
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 ELSEWHERE = "choose another with --workdir"
-
-_held: set[int] = set()  # open lock files
-
-
-def _forget_locks() -> None:
-    """A forked child must not keep a lock alive after its parent was killed."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _now() -> str:
@@ -97,10 +83,9 @@ class RunFolder:
         write_json(self.path / "result.json", result)
 
     def close(self) -> None:
-        """Gives the lock back. Its file stays: removed, two later processes could both own it."""
+        """Gives the lock back."""
         if self._lock is not None:
-            _held.discard(self._lock)
-            os.close(self._lock)
+            locks.release(self._lock)
             self._lock = None
 
     def __enter__(self) -> "RunFolder":
@@ -131,18 +116,16 @@ def open_run(workdir: str | Path, config: Mapping[str, Any], command: Sequence[s
     check_usable(path)
     _check_config(path, plain)
     _check_contents(path)
-    lock = _take_lock(path)
+    lock = _locked(path)
     try:
         _check_config(path, plain)  # again: the process before us may have written it meanwhile
         if not (path / "config.json").exists():
             write_json(path / "config.json", plain)
-    except OSError as error:
-        os.close(lock)
-        raise _unusable(path, error) from error
-    except BaseException:
-        os.close(lock)
+    except BaseException as error:
+        locks.release(lock)
+        if isinstance(error, OSError):
+            raise _unusable(path, error) from error
         raise
-    _held.add(lock)
     return RunFolder(path, lock, command)
 
 
@@ -357,50 +340,15 @@ def _shown(value: Any) -> str:
 # ---- The lock
 
 
-def _take_lock(path: Path) -> int:
-    """Makes the folder and locks it for this process; returns the open lock file."""
+def _locked(path: Path) -> int:
+    """Makes the folder and locks it for this process."""
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        return locks.take(path, ELSEWHERE)
     except OSError as error:
         _remove_empty(made)
         raise _unusable(path, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-    except BlockingIOError as error:
-        owner = os.pread(lock, 200, 0).decode(errors="replace").split()
-        os.close(lock)
-        raise InUse(_in_use(path, owner)) from error
-    except OSError as error:
-        os.close(lock)
-        raise _unusable(path, error) from error
-    return lock
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The lock of a folder that several processes share, held while its files are replaced: the
-    others wait. UserError where the folder cannot be written to."""
-    try:
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder}: {reason}; choose another folder") from error
-    _held.add(lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        _held.discard(lock)
-        os.close(lock)
-
-
-def _in_use(path: Path, owner: list[str]) -> str:
-    who = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
-    return f"workdir {path} is in use by {who}: wait for it, stop it, or {ELSEWHERE}"
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

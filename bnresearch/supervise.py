@@ -34,11 +34,12 @@ from multiprocessing.connection import (
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnresearch import rundir
+from bnresearch import processes, rundir
 from bnresearch.errors import UserError
-from bnresearch.processes import BEAT_SECONDS, TOLD, Plan, is_loopback
+from bnresearch.processes import BEAT_SECONDS, TOLD, Plan, how_ended, is_loopback
 
 TICK_SECONDS = 0.2
+START_SECONDS = 600.0  # for the first sign of life: imports, from file systems that may be slow
 GRACE_SECONDS = 3.0  # at most, for causes to come in and a child to end by itself, when all are to
 HANGING_SECONDS = 10.0  # after SIGKILL
 KNOWN = ("device", "kernels", "values", "processes")  # in status.json
@@ -52,16 +53,18 @@ class Cause(NamedTuple):
     secondary: bool = False
 
 
-def supervise(command: Sequence[str], workdir: str | Path, host: str) -> int:
+def supervise(command: Sequence[str], workdir: str | Path, arguments: Sequence[str]) -> int:
     """Runs a command as a process of a run with several; its exit code, or 1 where a failure, here
     or elsewhere, ended it.
 
     Args:
       command: of the child, which calls `distributed.joined`.
       workdir: the run folder, where the cause of a failure is written down.
-      host: under which name the others find this process if it is the first (`processes.host`).
+      arguments: of the command, by which it is known where the first process is, and who this is
+        (`processes.host`, `processes.number`).
     """
-    supervisor, started = _Supervisor(command, host), datetime.now(UTC).isoformat()
+    supervisor = _Supervisor(command, processes.host(arguments), processes.number(arguments))
+    started = datetime.now(UTC).isoformat()
     handlers = {
         number: signal.signal(number, supervisor.ask_to_stop)
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -111,17 +114,17 @@ class _Peer:
 
 
 class _Supervisor:
-    def __init__(self, command: Sequence[str], host: str):
-        self.rank, self.hub_is_lost = -1, False
+    def __init__(self, command: Sequence[str], host: str, rank: int):
+        self.rank, self.hub_is_lost = rank, False  # -1 as long as it is not known
         self.cause: Cause | None = None
         self.is_failed = False
-        self._patience, self._grace, self._start = math.inf, GRACE_SECONDS, math.inf
-        self._stall, self._advances = math.inf, (0, time.monotonic())  # how many, and since when
+        self._patience, self._grace, self._start = START_SECONDS, GRACE_SECONDS, math.inf
+        self._stall, self._advances = math.inf, (0, math.inf)  # how many, and since when
         self._apart_since = math.inf  # since when the child waits for the others
         self._stops, self._settled = 0, False
         self._said: Cause | None = None  # by the child, of its own end
         self._refusal, self._closed = "", False
-        self._moved: float | None = None  # when the child gave its last sign of life
+        self._moved = time.monotonic()  # when the child gave its last sign of life
         self._beat = 0.0
         self._hub: _Peer | None = None  # for all but the first
         self._peers: list[_Peer] = []  # for the first
@@ -155,7 +158,7 @@ class _Supervisor:
         if self.cause is None and code is not None:
             if code in WELL:
                 return self._leave(code)
-            self.cause = self._said or Cause(self._explain(code), -code == signal.SIGABRT)
+            self.cause = self._said or Cause(how_ended(self._name(), code), -code == signal.SIGABRT)
             # By a signal before it had joined the others, or by a second one.
             if -code == (signal.SIGTERM if self._stops == 1 else signal.SIGKILL) and self._stops:
                 self.cause = Cause(f"{self._name()} was stopped before it could save")
@@ -211,13 +214,15 @@ class _Supervisor:
         self._moved = time.monotonic()
         if what == "joining":
             plan, self._apart_since = Plan(*rest), time.monotonic()
-            self.rank, self._start, self._stall = plan.process, plan.start, plan.stall
-            self._advances = 0, time.monotonic()
+            self._start, self._stall = plan.start, plan.stall
+            if plan.process >= 0:
+                self.rank = plan.process
             # Noticed, agreed upon and ended within the heartbeat.
             self._patience = 0.8 * plan.heartbeat
             self._grace = min(GRACE_SECONDS, 0.1 * plan.heartbeat)
         elif what == "joined":
             self._apart_since, (self.rank, hub) = math.inf, rest
+            self._advances = 0, time.monotonic()
             if self.rank != 0 and hub:
                 threading.Thread(target=self._call, args=tuple(hub), daemon=True).start()
         elif what == "beat" and rest[0] != self._advances[0]:
@@ -294,13 +299,14 @@ class _Supervisor:
     def _look(self) -> None:
         """For what no longer moves, or moves in vain."""
         now = time.monotonic()
-        if self._moved and now - self._moved > self._patience:
+        if now - self._moved > self._patience:
             self._suspect(Cause(f"{self._name()} did not move for {self._patience:g} s"))
         if now - self._advances[1] > self._stall:
             self._suspect(
                 Cause(
-                    f"no step was done for {self._stall} s (distributed.stall): some process waits "
-                    f"for something outside, such as a file system (so says {self._name()})"
+                    f"no step was done for {self._stall} s (distributed.stall), says "
+                    f"{self._name()}: something waits, as for a file system, or is slow, as data "
+                    "that are prepared (then do that before, by one process, or give more)"
                 )
             )
         if now - self._apart_since > self._start:
@@ -320,15 +326,9 @@ class _Supervisor:
         self._apart_since = math.inf
         self._refusal, self._settled, self.cause = message, True, Cause(message)
 
-    def _explain(self, code: int) -> str:
-        if code >= 0:
-            return f"{self._name()} ended with exit code {code}"
-        name = signal.Signals(-code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"{self._name()} was ended by {name}{hint}"
-
     def _name(self) -> str:
-        return f"process {self.rank} on {socket.gethostname()}"
+        number = self.rank if self.rank >= 0 else "of a number that is not known yet"
+        return f"process {number} on {socket.gethostname()}"
 
     # How it ends
 

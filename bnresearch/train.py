@@ -14,7 +14,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from bnresearch import books, distributed, diverge, norm_config, processes, values
+from bnresearch import (
+    books,
+    distributed,
+    diverge,
+    norm_config,
+    processes,
+    provenance,
+    values,
+)
 from bnresearch.checkpoint import Checkpoints, digest
 from bnresearch.config import NEVER, resolve, validate
 from bnresearch.data.cache import cache_folder
@@ -35,6 +43,12 @@ from bnresearch.signals import stop_requests
 from bnresearch.state import State
 
 HEARTBEAT_SECONDS = 15.0
+# What to do where processes of one run differ.
+SAME_COMMAND = "start all processes with the same command, source and versions"
+SAME_KERNELS = (
+    "some hosts lack what builds the kernels of CPUs, or the libraries of the others; give all "
+    "--config.parallel.kernels=xla, or install the same on each (docs/performance.md)"
+)
 
 
 def run(
@@ -70,7 +84,7 @@ def run(
     enable_compilation_cache()
     if distributed.count() > 1:
         validate(config)
-        distributed.check_same(resolve(config))
+        distributed.check_same({"config": resolve(config), **provenance.program()}, SAME_COMMAND)
     experiment = prepare(config)
     show = show if distributed.is_first() else "off"
     try:
@@ -115,7 +129,12 @@ def _run(
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
         sites = values.of_run(experiment)
-        folder.about |= {"kernels": kernels(experiment), "values": values.record(sites)}
+        by = kernels(experiment)
+        # Both hang on the compiler and libraries of a host, and the second on the first.
+        distributed.check_same(
+            {"kernels": by, "steps per call": experiment.program.chunk}, SAME_KERNELS
+        )
+        folder.about |= {"kernels": by, "values": values.record(sites)}
         folder.set_status("running", step)
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):
@@ -264,6 +283,7 @@ class Loop:
 
     def _look_inside(self, state: State) -> None:
         for name, rows in prober.look(self.experiment, state):
+            processes.advanced()
             self.metrics.write_probe(self.step, name, rows)
 
     def _write(self, step: int, split: str, values: dict[str, float]) -> None:

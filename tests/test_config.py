@@ -134,6 +134,21 @@ def test_a_run_of_another_schema_or_with_lost_keys_is_refused():
         configs.unresolve(with_value(resolved, "optim.momentum", 0.9))
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("optim.momentum", "did you mean optim.sgd.momentum or optim.lars.momentum?"),
+        ("train.duraton", "did you mean train.duration?"),
+        ("duration", "did you mean train.duration?"),
+        ("train.steps", "known: train.accumulate, train.accumulate_statistics, train.average, "),
+        ("nothing", "known: data, distributed, "),
+    ],
+)
+def test_an_unknown_key_gets_a_hint(key, said):
+    with pytest.raises(UserError, match=re.escape(f"unknown config key {key!r}; {said}")):
+        configs.load(DIGITS, [f"{key}=1"])
+
+
 def test_overrides_are_read_as_the_type_of_the_default():
     overrides = ["optim.learning_rate=1", "model.mlp.widths=(8,)", "optim.sgd.nesterov=true"]
     config = configs.load(DIGITS, [*overrides, "train.duration=7st"])

@@ -16,9 +16,9 @@ from distributed_tools import Processes, children, training
 from run_tools import DIGITS, ROOT, metrics, read, train
 
 from bnresearch import config as configs
-from bnresearch import distributed, processes, provenance
+from bnresearch import distributed, processes, provenance, rundir, supervise
 from bnresearch.errors import UserError
-from bnresearch.supervise import supervise
+from bnresearch.train import run
 
 # Scopes that do not depend on the number of devices, and those that do.
 FREE, BOUND = ("global", "ghost:16"), ("group:2", "device")
@@ -191,13 +191,38 @@ time.sleep({end})
 """
 
 
+LOOPBACK = ["--config.distributed.coordinator=127.0.0.1:1"]
+
+
 @pytest.mark.parametrize(("steps", "end", "code"), [(7, 0, 0), (2, 60, 1)])
 def test_a_run_that_moves_but_does_not_advance_ends(tmp_path, capsys, steps, end, code):
     command = [sys.executable, "-c", IDLE.format(stall=2, steps=steps, end=end)]
     began = time.monotonic()
-    assert supervise(command, tmp_path / "run", "127.0.0.1") == code
+    assert supervise.supervise(command, tmp_path / "run", LOOPBACK) == code
     assert time.monotonic() - began < 30
     assert ("no step was done for 2 s (distributed.stall)" in capsys.readouterr().err) == code
+
+
+@pytest.mark.parametrize(
+    ("child", "said"),
+    [
+        ("import sys; sys.exit(7)", "process 3 on .* ended with exit code 7"),
+        ("import time; time.sleep(60)", "process 3 on .* did not move for 1 s"),
+        # The limit on steps counts from when all have come together.
+        (IDLE.partition('processes.tell("joined"')[0] + "time.sleep(60)", "within 3 s"),
+    ],
+)
+def test_a_process_that_does_not_come_to_join_the_others(
+    tmp_path, capsys, monkeypatch, child, said
+):
+    monkeypatch.setattr(supervise, "START_SECONDS", 1.0)
+    child = child.replace("120, {stall}", "3, 2")
+    began = time.monotonic()
+    arguments = [*LOOPBACK, "--config.distributed.process", "3"]
+    code = supervise.supervise([sys.executable, "-c", child], tmp_path / "run", arguments)
+    assert code == (7 if "7" in said else 2 if "within" in said else 1)
+    assert time.monotonic() - began < 20
+    assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.slow
@@ -222,7 +247,27 @@ def test_other_configs_are_refused_by_all(tmp_path):
     with training(2, tmp_path / "run", *SHORT, each=each) as running:
         assert running.wait() == [2, 2], running.said(0)
         for index in (0, 1):
-            assert "config.seed: process 0 1, this one 2" in running.said(index)
+            assert "config.seed: process 0 1, process 1 2" in running.said(index)
+            assert "Traceback" not in running.said(index)
+    assert not (tmp_path / "run").exists()
+
+
+UNEVEN = """
+import os, sys
+from bnresearch import __main__, processes
+os.environ["JAX_NUM_CPU_DEVICES"] = str(1 + processes.number(sys.argv))
+if processes.is_child():
+    __main__.main_with_others()
+sys.exit(__main__.main_or_supervisor())
+"""
+
+
+def test_different_numbers_of_devices_are_refused_by_all(tmp_path):
+    (script := tmp_path / "uneven.py").write_text(UNEVEN)
+    with training(2, tmp_path / "run", *SHORT, script=[str(script)]) as running:
+        assert running.wait() == [2, 2], running.said(0)
+        for index in (0, 1):
+            assert "numbers of devices: process 0 1, process 1 2; give each" in running.said(index)
             assert "Traceback" not in running.said(index)
     assert not (tmp_path / "run").exists()
 
@@ -272,22 +317,53 @@ def test_schedulers_are_known(environment, several):
     assert (processes.plan(processes.DEFAULTS, environment) is not None) == several
 
 
+@pytest.mark.parametrize("form", ["{}={}", "{} {}"])
+def test_what_a_command_line_says_is_known_before_it_is_read(form):
+    said = {"coordinator": "127.0.0.1:5", "process": "1"}
+    arguments = [form.format(f"--config.distributed.{key}", value) for key, value in said.items()]
+    arguments = " ".join(["train", *arguments]).split()
+    assert processes.host(arguments, {}) == "127.0.0.1"
+    assert processes.number(arguments, SLURM | {"SLURM_PROCID": "0"}) == 1
+    assert (processes.number([], SLURM), processes.number([], {})) == (1, -1)
+
+
 def test_a_changed_source_is_refused(tmp_path, monkeypatch):
     """Two checkouts of a commit, one of them changed: both are "...-dirty" if git looks."""
     shutil.copytree(ROOT / "bnresearch", tmp_path / "copy")
-    same = provenance.source(tmp_path / "copy")
-    assert same == provenance.source()
-    with (tmp_path / "copy" / "norm.py").open("a") as file:
-        file.write("# changed")
-    changed = provenance.source.__wrapped__(tmp_path / "copy")
+    (tmp_path / "copy" / ".#norm.py").symlink_to("somebody@host.1")  # an editor is at it
+    same = provenance.sources()
+    assert provenance.sources(tmp_path / "copy") == same
+    assert {"norm.py", "native/convolution.cc", "native/parts.h"} <= same.keys()
+    for name in ("norm.py", "native/parts.h"):
+        with (tmp_path / "copy" / name).open("a") as file:
+            file.write("// changed")
+    changed = json.dumps(provenance.sources(tmp_path / "copy")).encode()
+    mine = json.dumps(same).encode()
+    monkeypatch.setattr(distributed, "everybodys", lambda data: [mine, mine, changed])
+    with pytest.raises(UserError, match="^processes differ; start the same:\n") as caught:
+        distributed.check_same(same, "start the same")
+    files = [re.match(r"  (\S+): process 0 \S+, process 2 \S+$", line) for line in lines(caught)]
+    assert [found[1] for found in files] == ["native/parts.h", "norm.py"]
 
-    def gathered(data):
-        return [data, data.replace(same.encode(), changed.encode())]
 
-    monkeypatch.setattr(distributed, "everybodys", gathered)
-    message = f'source: process 0 "{same}", this one "{changed}"'
-    with pytest.raises(UserError, match=f"process 1 differs from process 0.*\n  {message}"):
-        distributed.check_same({"seed": 1})
+def lines(caught):
+    """Those of an error below its first."""
+    return str(caught.value).splitlines()[1:]
+
+
+def test_processes_whose_kernels_differ_are_refused(tmp_path, monkeypatch):
+    """They would ask at different steps whether to stop."""
+    gathered = distributed.everybodys
+
+    def other(data):
+        return [*gathered(data), data.replace(b'"xla"', b'"native"')]
+
+    monkeypatch.setattr(distributed, "everybodys", other)
+    config = configs.load(DIGITS, SHORT)
+    with pytest.raises(UserError, match="parallel.kernels=xla, or install the same") as caught:
+        run(config, tmp_path / "run", show="off")
+    assert lines(caught) == ['  kernels: process 0 "xla", process 1 "native"']
+    assert rundir.read_status(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize(("apart", "said"), [(90, "+90"), (-3600, "-3600"), (30, None)])
@@ -322,7 +398,10 @@ def test_processes_of_one_host_share_its_cores():
         return [int(core) for core in kept]
 
     half = len(cores) // 2
-    assert [shared(0, 2), shared(1, 2)] == [cores[:half], cores[half : 2 * half]]
+    assert [shared(0, 2), shared(1, 2)] == [cores[:half], cores[half:]]
+    assert [processes.share(range(8), index, 3) for index in range(3)] == [
+        *([0, 1], [2, 3, 4], [5, 6, 7])
+    ]
     assert shared(3, len(cores) + 1) == cores  # too few to share
     assert shared(0, 1, cores[1]) == cores[1:2]  # somebody has assigned one
 

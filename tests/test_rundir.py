@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bnresearch import provenance, rundir
+from bnresearch import locks, provenance, rundir
 from bnresearch.errors import InUse, UserError
 
 CONFIG = {"seed": 1, "data": {"name": "digits", "shape": (8, 8)}, "optim": {"rate": 0.1}}
@@ -311,20 +311,23 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     rundir.open_run(workdir, {"seed": 1}, []).close()
 
 
-def test_holders_of_a_shared_folder_wait_for_each_other(tmp_path):
+def test_holders_of_a_shared_folder_wait_for_each_other(tmp_path, monkeypatch):
     order = []
 
     def second():
-        with rundir.held(tmp_path):
+        with locks.held(tmp_path):
             order.append("second")
 
-    with rundir.held(tmp_path):
+    with locks.held(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.1)
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+    monkeypatch.setattr(locks, "HELD_SECONDS", 0.1)
+    with locks.held(tmp_path), pytest.raises(UserError, match="has kept .* for 0 s; end it"):
+        second()
     assert os.listdir(tmp_path) == ["lock"]
 
 

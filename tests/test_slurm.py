@@ -1,6 +1,7 @@
 """Studies on a real SLURM cluster, which is started on this machine."""
 
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -237,8 +238,7 @@ class Study:
 
     def submitted(self):
         """The jobs, as soon as they are all submitted."""
-        path = self.record.folder / "jobs.json"
-        wait_for(lambda: path.exists() or self.process.poll() is not None, 60)
+        wait_for(lambda: self.record.read() or self.process.poll() is not None, 60)
         assert self.process.poll() is None, self.process.communicate()
         return {run: entry.job for run, entry in self.record.read().items()}
 
@@ -331,8 +331,56 @@ def test_refusals_are_passed_on(cluster, tmp_path, options, words):
         submit(jobs, tmp_path / "runs", options)
     assert cluster.jobs() == {}
     left = [path.name for path in (tmp_path / "runs" / ".slurm").iterdir()]
-    assert not [name for name in left if "pkl" in name or "submission" in name or "json" in name]
+    assert not [name for name in left if "pkl" in name or "submission" in name]
+    assert Record(tmp_path / "runs").read() == {}
     assert not any((tmp_path / "runs" / job.id).exists() for job in jobs)
+
+
+def test_jobs_that_could_not_be_written_down_are_cancelled_and_submitted_again(
+    cluster, tmp_path, monkeypatch
+):
+    """As when the disk is full just then, or whoever submits is killed."""
+    jobs = trainings(2)
+    write, full = rundir.write_json, OSError(errno.ENOSPC, "No space left on device")
+
+    def failing(path, value, **options):
+        if value.get("jobs"):
+            raise full
+        write(path, value, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_json", failing)
+        with pytest.raises(UserError, match="No space left on device; make room"):
+            submit(jobs, tmp_path / "runs")
+    lost = {job.partition("_")[0] for job in cluster.jobs()}
+    assert len(lost) == 1
+    assert submit(jobs, tmp_path / "runs").done == 2
+    known = Record(tmp_path / "runs").read().values()
+    assert len(known) == 2 and not lost & {entry.job.partition("_")[0] for entry in known}
+
+
+def test_a_disk_that_is_full_leaves_nothing_of_a_submission(cluster, tmp_path, monkeypatch):
+    def dump(self, path, index=None):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("submitit.core.utils.DelayedSubmission.dump", dump)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        submit(trainings(2), tmp_path / "runs")
+    assert cluster.jobs() == {}
+    assert sorted(os.listdir(tmp_path / "runs" / ".slurm")) == ["jobs.json", "lock"]
+
+
+def test_a_submission_that_gets_no_answer_ends(cluster, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    hanging = tmp_path / "bin" / "sbatch"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(launch.commands, "DEADLINE", 3.0)
+    with pytest.raises(UserError, match="sbatch gave no answer within 3 s"):
+        submit(trainings(1), tmp_path / "runs")
+    assert sorted(os.listdir(tmp_path / "runs" / ".slurm")) == ["jobs.json", "lock"]
 
 
 def test_a_controller_that_does_not_answer(cluster, tmp_path, monkeypatch):
@@ -340,4 +388,4 @@ def test_a_controller_that_does_not_answer(cluster, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gave no answer"):
         submit(trainings(1), tmp_path / "runs")
     assert rundir.read_status(tmp_path / "runs" / trainings(1)[0].id) is None
-    assert os.listdir(tmp_path / "runs" / ".slurm") == ["lock"]
+    assert sorted(os.listdir(tmp_path / "runs" / ".slurm")) == ["jobs.json", "lock"]

@@ -1,12 +1,14 @@
 """The launcher slurm without a cluster: options, refusals, and what is made of lost jobs."""
 
 import os
+import re
 import sys
 import threading
 
 import pytest
 from sweep_tools import doing
 
+from bnresearch import processes
 from bnresearch.errors import JobsGoOn, UserError
 from bnresearch.sweep import slurm, sweep
 from bnresearch.sweep.jobs import Event, Order
@@ -126,11 +128,12 @@ def test_a_process_on_one_of_several_nodes_has_all_its_gpus(tmp_path, monkeypatc
     event = task._spread(job, Order(tmp_path / "runs", []), file)
     assert (event.id, event.status) == (job.id, status)
     assert os.environ["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3"
-    ((command, workdir, host),) = called
+    ((command, workdir, arguments),) = called
     assert command[-3:] == [
         *(f"--config={file}", f"--workdir={tmp_path / 'runs' / job.id}", "--progress=off")
     ]
-    assert (workdir, host) == (tmp_path / "runs" / job.id, "n1")
+    assert workdir == tmp_path / "runs" / job.id
+    assert (processes.host(arguments), processes.number(arguments)) == ("n1", 1)
 
 
 # ---- Following
@@ -155,7 +158,7 @@ def following(tmp_path, monkeypatch):
         last = [{}]
 
         def queued(name):
-            assert name == "bn-out"
+            assert name == record.name and re.fullmatch("bn-out-[0-9a-f]{6}", name)
             last[0] = next(left, last[0])
             if isinstance(last[0], Exception):
                 raise last[0]

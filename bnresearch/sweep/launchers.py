@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from bnresearch import processes
 from bnresearch.sweep.jobs import TICK_SECONDS, Event, Events, Job, Order, Queue
 from bnresearch.sweep.population import population
 from bnresearch.sweep.slurm import slurm
@@ -237,17 +238,9 @@ def _bury(
         queue.give_back(job)
         yield Event(job.id, "waiting")
     else:
-        reason = _explain(code)
+        reason = processes.how_ended("the worker process", code)
         record_failure(job, order, reason)
         yield Event(job.id, "failed", reason)
-
-
-def _explain(code: int) -> str:
-    if code >= 0:
-        return f"the worker process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"the worker process was ended by {name}{hint}"
 
 
 def _python_path() -> str:
@@ -277,7 +270,7 @@ def places(count: int) -> list[Place]:
     cores, devices = _cores(), gpus()
     found = []
     for index in range(count):
-        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count]
+        own = processes.share(cores, index, count)
         # XLA divides work by the number of threads, which shows in the last bits: pinned or not, a
         # run is to have those that it has without workers.
         environment = {"NPROC": os.environ.get("NPROC", str(len(cores)))}

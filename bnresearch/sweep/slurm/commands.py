@@ -16,6 +16,7 @@ from bnresearch.sweep.slurm.options import Options
 
 NEEDED = ("sbatch", "scancel", "scontrol", "squeue", "srun")
 DEADLINE = 60.0  # seconds that a command may take: a busy controller does
+TIMED_OUT = 124  # exit code of timeout(1)
 LARGEST = 1000  # jobs of an array; SLURM's own default for MaxArraySize is 1001
 NOTE = "BNRESEARCH_AGAIN"  # in the environment of a job: the file by which it asks to go on later
 NOTICE = 90  # seconds before the time limit at which a run is told to save
@@ -60,13 +61,17 @@ def ask(*command: str) -> str:
             process_group=0,  # Ctrl-C is for this process
         )
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{command[0]} gave no answer within {DEADLINE:.0f} s: is SLURM's controller up? The "
-            "same command goes on later"
-        ) from None
+        raise _no_answer(command[0]) from None
     if done.returncode:
         raise UserError(f"SLURM refuses: {_words(done.stderr or done.stdout)}")
     return done.stdout
+
+
+def _no_answer(command: str) -> UserError:
+    return UserError(
+        f"{command} gave no answer within {DEADLINE:.0f} s: is SLURM's controller up? The same "
+        "command goes on later"
+    )
 
 
 def queued(name: str) -> dict[str, Queued]:
@@ -115,23 +120,39 @@ def submit(
 
     Raises:
       UserError: SLURM takes none of them.
+      OSError: there is no room for scripts and pickles.
     """
-    from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
     before = set(folder.iterdir())
     try:
-        executor = SlurmExecutor(folder)
+        executor = _executor(folder)
         executor.update_parameters(**_parameters(options, folder, name, len(arguments), after))
         with redirect_stderr(StringIO()):  # where submitit says what it raises, too
             jobs = executor.map_array(function, *zip(*arguments, strict=True))
-    except FailedJobError as error:
+    except (FailedJobError, OSError) as error:
         for path in set(folder.iterdir()) - before:
             # Scripts and pickles of jobs that will never be; what else is new is of running ones.
             if re.fullmatch(r"\.?submission_file_\w+\.sh|[0-9a-f]{32}\.pkl", path.name):
                 path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        if getattr(error.__cause__, "returncode", None) == TIMED_OUT:
+            raise _no_answer("sbatch") from None
         raise UserError(f"SLURM refuses: {_words(str(error))}") from None
     return [job.job_id for job in jobs]
+
+
+def _executor(folder: Path) -> Any:
+    """submitit's, which by itself waits for sbatch without a limit, and lets Ctrl-C reach it."""
+    from submitit import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            submitting = super()._make_submission_command(submission_file_path)
+            return ["timeout", f"{DEADLINE:.0f}", *submitting]  # in a process group of its own
+
+    return Executor(folder)
 
 
 def _parameters(

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 
 from bnresearch import rundir
@@ -61,8 +61,7 @@ def cancel(runs: str | Path) -> int:
 def _cancel(record: Record) -> int:
     with record.held():
         known = record.read()
-        queued = commands.queued(record.name)
-        here = [entry.job for entry in known.values() if entry.job in queued]
+        here = list(commands.queued(record.name))
         record.write({})  # first: whoever follows them sees that they did not just die
         try:
             commands.cancel(here)
@@ -77,6 +76,9 @@ def _submit(jobs: Mapping[str, Job], order: Order, record: Record, stop: threadi
     with record.held():
         known = record.read()
         queued = commands.queued(record.name)
+        if orphans := _orphans(known, queued):
+            commands.cancel(orphans)
+            yield Event("", "said", f"{len(orphans)} jobs cancelled that were not written down")
         missing = [
             job for run, job in jobs.items() if run not in known or known[run].job not in queued
         ]
@@ -96,15 +98,16 @@ def _submit(jobs: Mapping[str, Job], order: Order, record: Record, stop: threadi
                 return
             some = missing[first : first + size]
             before = [_heartbeat(order, job) for job in some]
-            files = [_config_file(order, job, record) for job in some]
-            ids = commands.submit(
-                task.run,
-                [(job, order, sys.path, file) for job, file in zip(some, files, strict=True)],
-                order.cluster,
-                record.folder,
-                record.name,
-                after,
-            )
+            with record.writing():
+                files = [_config_file(order, job, record) for job in some]
+                ids = commands.submit(
+                    task.run,
+                    [(job, order, sys.path, file) for job, file in zip(some, files, strict=True)],
+                    order.cluster,
+                    record.folder,
+                    record.name,
+                    after,
+                )
             new = zip(some, map(Submitted, ids, before), strict=True)
             known |= {job.id: entry for job, entry in new}
             record.write(known)
@@ -112,6 +115,14 @@ def _submit(jobs: Mapping[str, Job], order: Order, record: Record, stop: threadi
             # The limit on jobs at a time is one on those of an array.
             after = array if order.cluster.parallel else ""
             yield Event("", "said", f"{_runs(len(ids))} submitted to SLURM as job {array}")
+
+
+def _orphans(known: Mapping[str, Submitted], queued: Iterable[str]) -> list[str]:
+    """Jobs of arrays that SLURM has taken and the record does not have: whoever submitted them was
+    killed, or had no room to write, before it could write them down. Which runs they do is not
+    known, and those are submitted again."""
+    arrays = {entry.job.partition("_")[0] for entry in known.values()}
+    return [job for job in queued if job.partition("_")[0] not in arrays]
 
 
 def _runs(count: int) -> str:

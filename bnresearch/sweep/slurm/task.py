@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bnresearch import processes, rundir
+from bnresearch import rundir
 from bnresearch.errors import UserError
 from bnresearch.supervise import supervise
 from bnresearch.sweep.jobs import PUT_OFF_SECONDS, Event, Job, Order
@@ -83,7 +83,7 @@ def _spread(job: Job, order: Order, file: Path) -> Event:
     workdir = order.folder / job.id
     command = ["train", f"--config={file}", f"--workdir={workdir}", "--progress=off"]
     child = [sys.executable, "-m", "bnresearch", *command]
-    code = supervise(child, workdir, processes.host(command))
+    code = supervise(child, workdir, command)
     status = {0: "done", 3: "diverged", LEFT: "stopped"}.get(code, "failed")
     return Event(job.id, status, f"exit code {code}")
 
