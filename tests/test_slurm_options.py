@@ -2,10 +2,12 @@
 
 import os
 import re
+import subprocess
 import sys
 import threading
 
 import pytest
+from run_tools import ROOT
 from sweep_tools import doing
 
 from bnresearch import processes
@@ -134,6 +136,44 @@ def test_a_process_on_one_of_several_nodes_has_all_its_gpus(tmp_path, monkeypatc
     ]
     assert workdir == tmp_path / "runs" / job.id
     assert (processes.host(arguments), processes.number(arguments)) == ("n1", 1)
+
+
+FAKES = {
+    "srun": 'touch "$NOTE"; [ -z "$STEPS" ] || sed -i "s/0/$STEPS/" "$RUN/status.json"',
+    "squeue": 'echo "$LEFT"',
+    "scontrol": 'echo "$@"; exit 1',  # a real one ends the script
+}
+
+
+@pytest.mark.parametrize(
+    ("left", "steps", "restarts", "code", "said"),
+    [
+        ("1:58", "", "0", 1, "not one step was done in the time limit; give more"),
+        ("1:58", "40", "0", 75, "requeue 17"),
+        ("2:01:58", "", "0", 75, "requeue 17"),  # preempted before its first step
+        ("1:58", "40", "1", 2, "the nodes do not share this file system"),
+    ],
+)
+def test_the_script_for_one_run_is_not_queued_again_for_ever(
+    tmp_path, left, steps, restarts, code, said
+):
+    (tmp_path / "bin").mkdir()
+    for name, text in FAKES.items():
+        (path := tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    (run := tmp_path / "run").mkdir()
+    (run / "status.json").write_text('{\n  "schema": 1,\n  "step": 0,\n  "message": null\n}\n')
+    about = {"LEFT": left, "STEPS": steps, "RUN": str(run), "TMPDIR": str(tmp_path)}
+    about |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": restarts}
+    about |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "slurm_train.sbatch", f"--workdir={run}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | about,
+        timeout=60,
+    )
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
 
 
 # ---- Following
