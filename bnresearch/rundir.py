@@ -148,6 +148,13 @@ def read_status(workdir: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() and path.stat().st_size else None
 
 
+def known(status: Mapping[str, Any]) -> dict[str, Any]:
+    """What a status says of a run's devices, kernels and norms, for who writes a new one without
+    having any of them itself; "device" is None where nobody said."""
+    keys = ("device", "kernels", "values", "processes")
+    return {"device": None} | {key: status[key] for key in keys if key in status}
+
+
 def read_result(workdir: str | Path) -> dict[str, Any] | None:
     """result.json, or None for a run that has not ended; UserError where it is no result."""
     path = path_of(workdir) / "result.json"

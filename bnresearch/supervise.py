@@ -42,7 +42,6 @@ TICK_SECONDS = 0.2
 START_SECONDS = 600.0  # for the first sign of life: imports, from file systems that may be slow
 GRACE_SECONDS = 3.0  # at most, for causes to come in and a child to end by itself, when all are to
 HANGING_SECONDS = 10.0  # after SIGKILL
-KNOWN = ("device", "kernels", "values", "processes")  # in status.json
 WELL = (0, 3, 75)  # exit codes with which all processes end together
 
 
@@ -91,9 +90,7 @@ def record(workdir: str | Path, message: str, started: str) -> None:
         if not saved and before["status"] not in ("done", "diverged"):
             config, command = rundir.read_config(workdir), before["command"]
             with rundir.open_run(workdir, config, command) as folder:
-                # Its devices and what else was known of it, of which this process knows nothing.
-                known = {key: before[key] for key in KNOWN if key in before}
-                folder.set_status("failed", before["step"], message, **{"device": None, **known})
+                folder.set_status("failed", before["step"], message, **rundir.known(before))
 
 
 class _Peer:

@@ -38,7 +38,7 @@ from bnresearch.experiment import (
 )
 from bnresearch.metrics import Metrics, check_progress, progress
 from bnresearch.probes import prober
-from bnresearch.rundir import SCHEMA, RunFolder, read_status
+from bnresearch.rundir import SCHEMA, RunFolder, known, read_status
 from bnresearch.signals import stop_requests
 from bnresearch.state import State
 
@@ -94,8 +94,12 @@ def run(
         ):
             folder, earlier = opened
             result = earlier or _run(experiment, folder, show, asked, tensorboard)
-            if not earlier or (read_status(workdir) or {}).get("status") != result["status"]:
-                folder.set_status(result["status"], result["step"], result.get("message"))
+            status = (read_status(workdir) or {}) if earlier else {}
+            if status.get("status") != result["status"]:
+                of_then = known(status) if status else {}
+                folder.set_status(
+                    result["status"], result["step"], result.get("message"), **of_then
+                )
             if result["status"] == "diverged":
                 raise Diverged(result["step"], result.get("message", "no reason kept"))
             return result

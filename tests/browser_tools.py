@@ -75,7 +75,7 @@ class Browser:
             self.requests.append(about["request"]["url"])
 
     def open(self, path, width=1280, height=900, dark=False):
-        """Opens a file and returns the seconds until its load event."""
+        """Opens a file; returns after its load event."""
         self.messages.clear()
         self.requests.clear()
         phone = width < 600
@@ -85,10 +85,8 @@ class Browser:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        started = time.monotonic()
         self.call("Page.navigate", url=path.resolve().as_uri())
         self._until(lambda reply: reply.get("method") == "Page.loadEventFired")
-        return time.monotonic() - started
 
     def value(self, script):
         """What a piece of JavaScript evaluates to; promises are awaited."""

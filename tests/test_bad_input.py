@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from run_tools import DIGITS, ROOT, assert_one_message, train
@@ -246,18 +245,14 @@ def test_a_config_file_with_a_bad_line_is_refused(line, tmp_path, refused):
     refused(train(ONE, config="mine.py"), *LINES[line])
 
 
-def test_a_known_dataset_that_is_absent_is_refused_quickly_without_network(
-    tmp_path, monkeypatch, refused
-):
+def test_a_known_dataset_that_is_absent_is_refused_without_network(tmp_path, monkeypatch, refused):
     for scheme in ("http", "https", "all"):
         for name in (f"{scheme}_proxy", f"{scheme}_PROXY".upper()):
             monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "sets"))
-    start = time.monotonic()
     refused(train(ONE, "data.name=cifar100"), "'cifar100'", str(tmp_path / "sets"), "TFDS_DATA_DIR")
-    assert time.monotonic() - start < 15
 
 
 def test_a_program_gets_the_same_words_as_an_exception(tmp_path):

@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -221,14 +220,12 @@ def test_the_base_lies_beside_the_study(tmp_path, monkeypatch):
     assert study.describe(plan, [])["base"] == "configs/mine.py"
 
 
-def test_many_runs_are_planned_quickly_and_nothing_is_compiled(compiled):
+def test_many_runs_are_planned_and_nothing_is_compiled(compiled):
     rates = {"rate": log_range("optim.learning_rate", 0.01, 1, 20)}
     scales = SCALES | {"full": Scale(seeds=50)}
     many = a_study(axes=rates, scales=scales)
     study.plan(many, "mine.py", "smoke")
-    start = time.perf_counter()
     runs = study.plan(many, "mine.py", "full").runs
-    assert time.perf_counter() - start < 2
     assert len({run.id for run in runs}) == 2000
     assert compiled == []
 
