@@ -149,9 +149,10 @@ def _reach(plan: Plan) -> None:
 
 def _check_devices() -> None:
     """Before anything is sent, which takes that each has equally many."""
-    counts = Counter(device.process_index for device in jax.devices())
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"process {number} {count}" for number, count in sorted(counts.items()))
+    found = Counter(device.process_index for device in jax.devices())
+    counts = [found[number] for number in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"process {number} {count}" for number, count in enumerate(counts))
         raise UserError(
             f"the processes of this run have different numbers of devices: {listed}; give each "
             "equally many (is one broken, or in use? CUDA_VISIBLE_DEVICES hides some)"

@@ -63,11 +63,13 @@ def program() -> dict[str, Any]:
 
 def sources(folder: Path = PACKAGE) -> dict[str, str]:
     """File of the package -> a digest of it; hidden ones, such as an editor's, are left out."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in SOURCES and not path.name.startswith(".") and path.is_file()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix in SOURCES and not hidden and path.is_file():
+            found[name.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -46,8 +46,8 @@ HEARTBEAT_SECONDS = 15.0
 # What to do where processes of one run differ.
 SAME_COMMAND = "start all processes with the same command, source and versions"
 SAME_KERNELS = (
-    "some hosts lack what builds the kernels of CPUs, or the libraries of the others; give all "
-    "--config.parallel.kernels=xla, or install the same on each (docs/performance.md)"
+    "some hosts lack the compiler or the libraries that kernels of CPUs need; install the same on "
+    "each (docs/performance.md), or give all --config.parallel.kernels=xla and another --workdir"
 )
 
 
@@ -86,6 +86,10 @@ def run(
         validate(config)
         distributed.check_same({"config": resolve(config), **provenance.program()}, SAME_COMMAND)
     experiment = prepare(config)
+    if distributed.count() > 1:
+        # Both hang on the compiler and libraries of a host, and the second on the first.
+        about = {"kernels": kernels(experiment), "steps per call": experiment.program.chunk}
+        distributed.check_same(about, SAME_KERNELS)
     show = show if distributed.is_first() else "off"
     try:
         with (
@@ -133,12 +137,7 @@ def _run(
         fresh = initial_state(experiment)
         step, state = checkpoints.restore(fresh) or (0, fresh)
         sites = values.of_run(experiment)
-        by = kernels(experiment)
-        # Both hang on the compiler and libraries of a host, and the second on the first.
-        distributed.check_same(
-            {"kernels": by, "steps per call": experiment.program.chunk}, SAME_KERNELS
-        )
-        folder.about |= {"kernels": by, "values": values.record(sites)}
+        folder.about |= {"kernels": kernels(experiment), "values": values.record(sites)}
         folder.set_status("running", step)
         if show != "off":
             for note in norm_config.notes(experiment.config, experiment.program.total_steps):

@@ -16,7 +16,7 @@ from distributed_tools import Processes, children, training
 from run_tools import DIGITS, ROOT, metrics, read, train
 
 from bnresearch import config as configs
-from bnresearch import distributed, processes, provenance, rundir, supervise
+from bnresearch import distributed, processes, provenance, supervise
 from bnresearch.errors import UserError
 from bnresearch.train import run
 
@@ -331,6 +331,8 @@ def test_a_changed_source_is_refused(tmp_path, monkeypatch):
     """Two checkouts of a commit, one of them changed: both are "...-dirty" if git looks."""
     shutil.copytree(ROOT / "bnresearch", tmp_path / "copy")
     (tmp_path / "copy" / ".#norm.py").symlink_to("somebody@host.1")  # an editor is at it
+    (tmp_path / "copy" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "copy" / ".ipynb_checkpoints" / "norm.py").touch()
     same = provenance.sources()
     assert provenance.sources(tmp_path / "copy") == same
     assert {"norm.py", "native/convolution.cc", "native/parts.h"} <= same.keys()
@@ -353,17 +355,17 @@ def lines(caught):
 
 def test_processes_whose_kernels_differ_are_refused(tmp_path, monkeypatch):
     """They would ask at different steps whether to stop."""
-    gathered = distributed.everybodys
 
     def other(data):
-        return [*gathered(data), data.replace(b'"xla"', b'"native"')]
+        return [data, data.replace(b'"kernels": "xla"', b'"kernels": "native"')]
 
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "everybodys", other)
     config = configs.load(DIGITS, SHORT)
-    with pytest.raises(UserError, match="parallel.kernels=xla, or install the same") as caught:
+    with pytest.raises(UserError, match="parallel.kernels=xla and another") as caught:
         run(config, tmp_path / "run", show="off")
     assert lines(caught) == ['  kernels: process 0 "xla", process 1 "native"']
-    assert rundir.read_status(tmp_path / "run") is None
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("apart", "said"), [(90, "+90"), (-3600, "-3600"), (30, None)])

@@ -234,8 +234,6 @@ class Study:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Not as under nohup, should the tests have been started so.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def submitted(self):
@@ -342,23 +340,32 @@ def test_jobs_that_could_not_be_written_down_are_cancelled_and_submitted_again(
     cluster, tmp_path, monkeypatch
 ):
     """As when the disk is full just then, or whoever submits is killed."""
-    jobs = trainings(2)
+    jobs = [doing(tmp_path, "wait", seed=n, log=str(tmp_path / "log")) for n in range(2)]
     write, full = rundir.write_json, OSError(errno.ENOSPC, "No space left on device")
+    runs = tmp_path / "out" / "runs"
 
     def failing(path, value, **options):
         if value.get("jobs"):
             raise full
         write(path, value, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rundir, "write_json", failing)
-        with pytest.raises(UserError, match="No space left on device; make room"):
-            submit(jobs, tmp_path / "runs")
-    lost = {job.partition("_")[0] for job in cluster.jobs()}
-    assert len(lost) == 1
-    assert submit(jobs, tmp_path / "runs").done == 2
-    known = Record(tmp_path / "runs").read().values()
-    assert len(known) == 2 and not lost & {entry.job.partition("_")[0] for entry in known}
+    def lose():
+        with monkeypatch.context() as patch:
+            patch.setattr(rundir, "write_json", failing)
+            with pytest.raises(UserError, match="No space left on device; make room"):
+                submit(jobs, runs)
+        assert len(cluster.jobs()) == 2 and Record(runs).read() == {}
+        return cluster.jobs().keys()
+
+    lost = lose()
+    assert launch.cancel(runs) == 2
+    wait_for(lambda: not cluster.jobs(), DEADLINE)
+    lost = lose()
+    sweeping = InThread(jobs, runs)
+    wait_for(lambda: len(Record(runs).read()) == 2, DEADLINE)
+    wait_for(lambda: not lost & cluster.jobs().keys(), DEADLINE)
+    (tmp_path / "log.go").touch()
+    assert sweeping.end().done == 2
 
 
 def test_a_disk_that_is_full_leaves_nothing_of_a_submission(cluster, tmp_path, monkeypatch):
@@ -373,7 +380,8 @@ def test_a_disk_that_is_full_leaves_nothing_of_a_submission(cluster, tmp_path, m
     assert sorted(os.listdir(tmp_path / "runs" / ".slurm")) == ["jobs.json", "lock"]
 
 
-def test_a_submission_that_gets_no_answer_ends(cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])  # a job, and an array
+def test_a_submission_that_gets_no_answer_ends(cluster, tmp_path, monkeypatch, count):
     (tmp_path / "bin").mkdir()
     hanging = tmp_path / "bin" / "sbatch"
     hanging.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -381,7 +389,7 @@ def test_a_submission_that_gets_no_answer_ends(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(launch.commands, "DEADLINE", 3.0)
     with pytest.raises(UserError, match="sbatch gave no answer within 3 s"):
-        submit(trainings(1), tmp_path / "runs")
+        submit(trainings(count), tmp_path / "runs")
     assert sorted(os.listdir(tmp_path / "runs" / ".slurm")) == ["jobs.json", "lock"]
 
 

@@ -104,9 +104,9 @@ def test_the_queue_is_read(monkeypatch):
     text = "18_3|PENDING|Priority\n 17|RUNNING|None\n18_1|COMPLETING|None\n"
     monkeypatch.setattr(commands, "ask", lambda *command: text)
     assert commands.queued("bn-a") == {
-        "18_3": Queued(False, "Priority"),
-        "17": Queued(True, "None"),
-        "18_1": Queued(True, "None"),
+        "18_3": Queued("PENDING", "Priority"),
+        "17": Queued("RUNNING", "None"),
+        "18_1": Queued("COMPLETING", "None"),
     }
 
 
@@ -139,41 +139,75 @@ def test_a_process_on_one_of_several_nodes_has_all_its_gpus(tmp_path, monkeypatc
 
 
 FAKES = {
-    "srun": 'touch "$NOTE"; [ -z "$STEPS" ] || sed -i "s/0/$STEPS/" "$RUN/status.json"',
-    "squeue": 'echo "$LEFT"',
-    "scontrol": 'echo "$@"; exit 1',  # a real one ends the script
+    "srun": '[ -z "$DOES" ] || echo "$DOES" > "$RUN/status.json"; touch "$RUN/config.json" "$NOTE"',
+    "squeue": 'case "$*" in *%k) echo "$COMMENT" ;; *) echo "$LEFT" ;; esac',
+    "scontrol": 'echo "$@"; [ "$1" = update ]',  # a real "requeue" ends the script
+    "hostname": "echo n2",
 }
+STEP = '{{\n  "schema": 2,\n  "step": {},\n  "message": null\n}}'
+AGAIN = "update JobId=17 Comment=bnresearch-has-begun\nrequeue 17\n"
 
 
 @pytest.mark.parametrize(
-    ("left", "steps", "restarts", "code", "said"),
+    ("before", "after", "about", "code", "said"),
     [
-        ("1:58", "", "0", 1, "not one step was done in the time limit; give more"),
-        ("1:58", "40", "0", 75, "requeue 17"),
-        ("2:01:58", "", "0", 75, "requeue 17"),  # preempted before its first step
-        ("1:58", "40", "1", 2, "the nodes do not share this file system"),
+        (0, 0, {"LEFT": "0:00"}, 1, "not one step was done in most of the time limit; give more"),
+        (None, None, {"LEFT": "0:00"}, 1, "not one step was done"),
+        (0, 40, {"LEFT": "0:00"}, 75, AGAIN),
+        (None, None, {"LEFT": "1-02:01:58"}, 75, AGAIN),  # preempted before its first step
+        (0, 0, {"LEFT": "UNLIMITED"}, 75, AGAIN),
+        (None, 40, {"COMMENT": "bnresearch-has-begun"}, 2, "run from n2: the nodes do not share"),
+        (None, 40, {"COMMENT": "(null)"}, 75, AGAIN),  # had no time to make the folder before
     ],
 )
-def test_the_script_for_one_run_is_not_queued_again_for_ever(
-    tmp_path, left, steps, restarts, code, said
+@pytest.mark.parametrize("flag", ["--workdir={}", "--workdir {}"])
+def test_the_script_for_one_run_is_queued_again_where_that_helps(
+    tmp_path, before, after, about, code, said, flag
 ):
     (tmp_path / "bin").mkdir()
     for name, text in FAKES.items():
         (path := tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
+    # A second of work, so that more than no time at all has passed.
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\nsleep 1\n{FAKES['srun']}\n")
     (run := tmp_path / "run").mkdir()
-    (run / "status.json").write_text('{\n  "schema": 1,\n  "step": 0,\n  "message": null\n}\n')
-    about = {"LEFT": left, "STEPS": steps, "RUN": str(run), "TMPDIR": str(tmp_path)}
-    about |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": restarts}
-    about |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    if before is not None:
+        (run / "status.json").write_text(STEP.format(before) + "\n")
+        (run / "config.json").touch()
+    environment = {
+        "RUN": str(run),
+        "TMPDIR": str(tmp_path),
+        "workdir": "/nowhere",
+        "LEFT": "9:00",
+        "DOES": "" if after is None else STEP.format(after),
+        "SLURM_JOB_ID": "17",
+        "SLURM_RESTART_COUNT": "1",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    script = ROOT / "scripts" / "slurm_train.sbatch"
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "slurm_train.sbatch", f"--workdir={run}"],
+        ["bash", script, *flag.format(run).split()],
         capture_output=True,
         text=True,
-        env=os.environ | about,
+        env=os.environ | environment | about,
         timeout=60,
     )
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
+
+
+def test_jobs_that_nobody_wrote_down_are_those_of_unknown_arrays():
+    known = {"a": Submitted("17_0", None), "b": Submitted("19_1", None)}
+    queued = {job: Queued("PENDING", "None") for job in ("17_0", "17_1", "19_1", "18_0", "18_1")}
+    queued["20_0"] = Queued("COMPLETING", "None")  # is being cancelled
+    assert launch._orphans(known, queued) == ["18_0", "18_1"]
+
+
+def test_a_record_of_another_version_is_refused(tmp_path):
+    record = Record(tmp_path / "runs")
+    record.folder.mkdir(parents=True)
+    (record.folder / "jobs.json").write_text('{"schema": 1, "jobs": {}}')
+    with pytest.raises(UserError, match="another version of bnresearch"), record.held():
+        pass
 
 
 # ---- Following
@@ -213,7 +247,7 @@ def following(tmp_path, monkeypatch):
 
 
 def test_a_job_that_left_nothing_points_at_the_file_system(following):
-    waiting, running = {"17": Queued(False, "Priority")}, {"17": Queued(True, "None")}
+    waiting, running = {"17": Queued("PENDING", "Priority")}, {"17": Queued("RUNNING", "None")}
     *before, last = following([waiting, running, running, {}])
     run = following.job.id
     assert before == [Event(run, "waiting"), Event(run, "running")]
@@ -230,7 +264,10 @@ def test_what_a_lost_job_printed_last_is_quoted(following):
 
 
 def test_why_jobs_wait_is_said_once_if_somebody_has_to_know(following):
-    waiting = {"17": Queued(False, "AssocGrpCpuLimit"), "18": Queued(False, "OfAnotherStudy")}
+    waiting = {
+        "17": Queued("PENDING", "AssocGrpCpuLimit"),
+        "18": Queued("PENDING", "OfAnotherStudy"),
+    }
     events = following([waiting, waiting, {}])
     said = [event.message for event in events if event.status == "said"]
     assert said == ["SLURM lets jobs wait for: AssocGrpCpuLimit"]
@@ -238,18 +275,18 @@ def test_why_jobs_wait_is_said_once_if_somebody_has_to_know(following):
 
 def test_following_goes_on_while_the_controller_is_down(following):
     down = UserError("squeue gave no answer within 60 s")
-    events = following([{"17": Queued(True, "None")}, down, down, {}])
+    events = following([{"17": Queued("RUNNING", "None")}, down, down, {}])
     assert [event.status for event in events] == ["running", "said", "failed"]
     assert events[1].message == "squeue gave no answer within 60 s; trying again"
 
 
 def test_a_run_that_was_submitted_again_is_followed_further(following):
     def queues():
-        yield {"17": Queued(True, "None")}
+        yield {"17": Queued("RUNNING", "None")}
         with following.record.held():
             following.record.write({following.job.id: Submitted("19", None)})
-        yield {"19": Queued(True, "None")}
-        yield {"19": Queued(True, "None")}
+        yield {"19": Queued("RUNNING", "None")}
+        yield {"19": Queued("RUNNING", "None")}
         yield {}
 
     *_, last = following(queues())
@@ -260,4 +297,4 @@ def test_whoever_stops_following_leaves_the_jobs_alone(following):
     stop = threading.Event()
     stop.set()
     with pytest.raises(JobsGoOn, match="runs to go: 1; the jobs go on"):
-        following([{"17": Queued(True, "None")}], stop)
+        following([{"17": Queued("RUNNING", "None")}], stop)

@@ -5,18 +5,19 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bnresearch import signals
 from bnresearch.errors import UserError
 from bnresearch.sweep.slurm.options import Options
 
 NEEDED = ("sbatch", "scancel", "scontrol", "squeue", "srun")
 DEADLINE = 60.0  # seconds that a command may take: a busy controller does
-TIMED_OUT = 124  # exit code of timeout(1)
+TIMED_OUT = (124, 137)  # exit codes of timeout(1)
 LARGEST = 1000  # jobs of an array; SLURM's own default for MaxArraySize is 1001
 NOTE = "BNRESEARCH_AGAIN"  # in the environment of a job: the file by which it asks to go on later
 NOTICE = 90  # seconds before the time limit at which a run is told to save
@@ -26,12 +27,17 @@ class Queued(NamedTuple):
     """A job that SLURM has not done with.
 
     Attributes:
-      running: it has nodes; otherwise it waits.
-      reason: why it waits, in SLURM's word for it.
+      state: SLURM's word for it.
+      reason: why it waits, in SLURM's word for that.
     """
 
-    running: bool
+    state: str
     reason: str
+
+    @property
+    def running(self) -> bool:
+        """It has nodes; otherwise it waits."""
+        return self.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD")
 
 
 def check() -> None:
@@ -83,7 +89,7 @@ def queued(name: str) -> dict[str, Queued]:
     found = {}
     for line in listed.splitlines():
         job, state, reason = line.strip().split("|", 2)
-        found[job] = Queued(state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"), reason)
+        found[job] = Queued(state, reason)
     return found
 
 
@@ -122,13 +128,15 @@ def submit(
       UserError: SLURM takes none of them.
       OSError: there is no room for scripts and pickles.
     """
+    from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
     before = set(folder.iterdir())
     try:
-        executor = _executor(folder)
+        executor = SlurmExecutor(folder)
         executor.update_parameters(**_parameters(options, folder, name, len(arguments), after))
-        with redirect_stderr(StringIO()):  # where submitit says what it raises, too
+        # stderr is where submitit says what it raises, too.
+        with _limited(SlurmExecutor), signals.put_off(), redirect_stderr(StringIO()):
             jobs = executor.map_array(function, *zip(*arguments, strict=True))
     except (FailedJobError, OSError) as error:
         for path in set(folder.iterdir()) - before:
@@ -137,22 +145,27 @@ def submit(
                 path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise
-        if getattr(error.__cause__, "returncode", None) == TIMED_OUT:
+        if getattr(error.__cause__, "returncode", None) in TIMED_OUT:
             raise _no_answer("sbatch") from None
         raise UserError(f"SLURM refuses: {_words(str(error))}") from None
     return [job.job_id for job in jobs]
 
 
-def _executor(folder: Path) -> Any:
-    """submitit's, which by itself waits for sbatch without a limit, and lets Ctrl-C reach it."""
-    from submitit import SlurmExecutor
+@contextmanager
+def _limited(executor: Any) -> Iterator[None]:
+    """submitit waits for sbatch without a limit, and lets Ctrl-C reach it: ``timeout`` has the one,
+    and a process group of its own. (For arrays it makes executors itself, so that a class derived
+    from its own would not be asked.)"""
+    plain = executor._make_submission_command
 
-    class Executor(SlurmExecutor):
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            submitting = super()._make_submission_command(submission_file_path)
-            return ["timeout", f"{DEADLINE:.0f}", *submitting]  # in a process group of its own
+    def limited(self: Any, path: Path) -> list[str]:
+        return ["timeout", "--kill-after=5", f"{DEADLINE:.0f}", *plain(self, path)]
 
-    return Executor(folder)
+    executor._make_submission_command = limited
+    try:
+        yield
+    finally:
+        executor._make_submission_command = plain
 
 
 def _parameters(

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from bnresearch import rundir
@@ -117,12 +117,16 @@ def _submit(jobs: Mapping[str, Job], order: Order, record: Record, stop: threadi
             yield Event("", "said", f"{_runs(len(ids))} submitted to SLURM as job {array}")
 
 
-def _orphans(known: Mapping[str, Submitted], queued: Iterable[str]) -> list[str]:
+def _orphans(known: Mapping[str, Submitted], queued: Mapping[str, Queued]) -> list[str]:
     """Jobs of arrays that SLURM has taken and the record does not have: whoever submitted them was
     killed, or had no room to write, before it could write them down. Which runs they do is not
-    known, and those are submitted again."""
+    known, and those are submitted again. Those that end are being cancelled already."""
     arrays = {entry.job.partition("_")[0] for entry in known.values()}
-    return [job for job in queued if job.partition("_")[0] not in arrays]
+    return [
+        job
+        for job, of in queued.items()
+        if job.partition("_")[0] not in arrays and of.state != "COMPLETING"
+    ]
 
 
 def _runs(count: int) -> str:

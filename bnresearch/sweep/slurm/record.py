@@ -1,6 +1,6 @@
 """Which job of SLURM does which run: a file beside the runs, so that any later call knows it.
 
-    .slurm/jobs.json    {"schema": 1, "token": "5f03c1",
+    .slurm/jobs.json    {"schema": 2, "token": "5f03c1",
                          "jobs": {run: {"job": "18_3", "before": heartbeat}}}
 
 ``token`` is in the names of the jobs: by it those are known that SLURM has taken, but that nobody
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from bnresearch import locks, rundir
 from bnresearch.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER, FILE = ".slurm", "jobs.json"
 
 
@@ -68,7 +68,15 @@ class Record:
 
     def _kept(self) -> dict[str, Any]:
         path = self.folder / FILE
-        return rundir.read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        kept = rundir.read_json(path)
+        if kept.get("schema") != SCHEMA:
+            raise UserError(
+                f"{path} is of another version of bnresearch: go on with that one, or cancel its "
+                "jobs (squeue --me, scancel) and remove the file"
+            )
+        return kept
 
     def write(self, jobs: Mapping[str, Submitted]) -> None:
         """Replaces it; only while ``held``."""
